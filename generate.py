@@ -1,0 +1,213 @@
+"""Generation: one token at a time, each chosen from what the model predicts after all the tokens before it.
+
+    prompt --one pass--> keys and values in the cache, logits of the next token
+    next token --one pass of one token--> logits of the one after, until the end token
+
+Without the cache token n would cost n passes' worth of work; with it each costs one. At batch 1 a pass reads every weight
+once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 GB for 7B in 16 bits.
+
+    python generate.py --adapter runs/lora --prompt "Where does Mira Tolven live?"
+
+The folder of a run knows its base model, tokenizer and prompt template: what was trained with is what is asked with.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data import TEMPLATES, DataError, Template, Tokenizer, encode_dialog, parse_flags
+from lora import LoRAError, load_adapter
+from model import CheckpointError, KVCache, Llama, from_hf, load_model
+
+TINY = Path(__file__).resolve().parent / "tiny"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    # What answers
+    model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
+    adapter: str | None = None  # folder of a LoRA run, or of any PEFT adapter
+    tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
+    template: str | None = None  # how the prompt is written out: llama2, alpaca, plain; the run's own if not given
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
+    # What is asked
+    prompt: str | None = None  # the user's message
+    system: str | None = None  # a system message before it
+    # How tokens are chosen
+    max_new_tokens: int = 256  # the answer is cut here if no end token came
+    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
+    top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
+    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
+    seed: int = 0  # the same seed gives the same answer
+
+    def __post_init__(self):
+        for name, ok, need in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not ok:
+                raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA if there, else CPU. Under torchrun each process takes the GPU of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: this machine has no CUDA device that PyTorch can use")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DataError("--device mps: this machine has no Apple GPU that PyTorch can use")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: on CUDA bf16, or fp16 where the GPU has no bf16 (T4, V100); elsewhere fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def pick_template(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+    """Choose a token from logits (V,). Top-p is "The Curious Case of Neural Text Degeneration", section 3.1."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs, ids = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
+    if top_k:
+        probs[top_k:] = 0
+    # A token stays while those likelier than it sum to less than top_p: the smallest set that reaches it.
+    probs[probs.cumsum(0) - probs >= top_p * probs.sum()] = 0
+    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompt_tokens, max_new_tokens, *, temperature=0.0, top_k=0, top_p=1.0, generator=None, stop_ids=()):
+    """Yield up to max_new_tokens token ids that continue prompt_tokens (a list of ids), ending before any of stop_ids.
+
+    Raises DataError if the prompt alone fills the model's window; an answer that would pass it ends there."""
+    window = model.config.max_seq_len
+    if len(prompt_tokens) >= window:
+        raise DataError(
+            f"the prompt has {len(prompt_tokens)} tokens and the model's window {window}: nothing is left for an answer"
+        )
+    length = min(len(prompt_tokens) + max_new_tokens, window)
+    device = model.norm.weight.device
+    cache = KVCache(model.config, length, device, model.norm.weight.dtype)
+    tokens = torch.tensor(prompt_tokens, device=device)
+    for _ in range(length - len(prompt_tokens)):
+        token = sample(model(tokens, cache=cache)[0], temperature, top_k, top_p, generator)
+        if token in stop_ids:
+            return
+        yield token
+        tokens = torch.tensor([token], device=device)
+
+
+def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    """Yield the text of a stream of tokens, piece by piece, ending before the first of the `stop` strings.
+
+    Text is held back while it may still change: a character whose bytes are not all there, or the beginning of a stop string."""
+    ids, shown, text = [], 0, ""
+    for token in token_stream:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        ends = [text.find(s) for s in stop if s in text]
+        if ends:
+            yield text[shown : min(ends)]
+            return
+        # The longest tail that begins a stop string, or an unfinished character.
+        held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
+        safe = len(text.rstrip("\ufffd")) if held == 0 else len(text) - held
+        if safe > shown:
+            yield text[shown:safe]
+            shown = safe
+    yield text[shown:]
+
+
+def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], max_new_tokens: int, **sampling):
+    """Yield the text of the reply to a dialog that ends on a user's turn."""
+    prompt, _ = encode_dialog(dialog, tokenizer, template)
+    tokens = generate(model, prompt, max_new_tokens, stop_ids=(tokenizer.eos_id,), **sampling)
+    return stream_text(tokens, tokenizer, template.stop)
+
+
+def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
+    """The model, tokenizer and template that the flags and the run's own run.json name."""
+    run_folder = Path(config.adapter or config.model or TINY)
+    run = {}
+    if (run_folder / "run.json").is_file():
+        run = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    base = config.model
+    if base is None and config.adapter:
+        if (run_folder / "config.json").is_file():
+            raise DataError(f"{run_folder} holds a whole model, not an adapter: pass it as --model")
+        base = run.get("base_model")
+        if base is None and (run_folder / "adapter_config.json").is_file():
+            base = json.loads((run_folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base is not None and not Path(base).is_dir():
+            raise DataError(f"the adapter in {run_folder} was trained on {base}, which is not here: name its place with --model")
+    base = Path(base or (run_folder if config.adapter else TINY))
+
+    device = pick_device(config.device)
+    folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
+    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    template = pick_template(config.template or run.get("template", "llama2"))
+    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device))
+    if config.adapter:
+        load_adapter(model, config.adapter, partial(from_hf, config=model.config))
+    return model.eval(), tokenizer, template
+
+
+def main():
+    try:
+        config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
+        if config.prompt is None:
+            raise DataError('nothing to answer: pass --prompt "..."')
+        model, tokenizer, template = load(config)
+        dialog = [{"role": "user", "content": config.prompt}]
+        if config.system:
+            dialog.insert(0, {"role": "system", "content": config.system})
+        prompt, _ = encode_dialog(dialog, tokenizer, template)
+        generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
+        started, written = time.perf_counter(), []
+        tokens = generate(
+            model,
+            prompt,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+            stop_ids=(tokenizer.eos_id,),
+        )
+        counted = (written.append(token) or token for token in tokens)
+        for text in stream_text(counted, tokenizer, template.stop):
+            print(text, end="", flush=True)
+        seconds = time.perf_counter() - started
+        print(f"\n[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+    except (CheckpointError, DataError, LoRAError, OSError) as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

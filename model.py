@@ -1,0 +1,613 @@
+"""Llama 2, written out: the architecture, and reading and writing real weights.
+
+A decoder-only transformer maps T token ids to T predictions of the next token. Llama's block is
+
+    h = x + attention(norm(x))          attention: every token looks back at the earlier ones
+    y = h + feed_forward(norm(h))       feed_forward: every token thinks for itself
+
+and a model is an embedding, n_layers blocks, a last norm and a head ("Llama 2", section 2.2). In numbers for 7B: dim 4096,
+32 blocks of 4 x 4096 x 4096 (attention) + 3 x 4096 x 11008 (feed-forward) = 202 million weights each, plus two
+32,000 x 4096 tables (embedding and head): 6.74 billion weights, 13.5 GB in 16 bits.
+Reading one token costs about two FLOPs a weight.
+
+Three choices keep this file short:
+  * One stream. The model reads a single row of T tokens that holds whole documents end to end. `cu_seqlens` says where each
+    begins; attention never crosses a border and positions restart there. So there is no padding and no batch axis.
+  * Meta's names (tok_embeddings, attention.wq, feed_forward.w1, ...) are the names of the modules: Meta's files load as they are.
+    `from_hf` and `to_hf` hold all that differs in Hugging Face's files.
+  * Loading streams: one tensor at a time goes from the memory-mapped file to its place, so the peak is the model plus one tensor.
+"""
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A file of weights or its configuration is missing, broken, or not what the model needs."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a Llama. The defaults are Llama 2 7B."""
+
+    dim: int = 4096  # width of the residual stream
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 32  # fewer than n_heads = grouped-query attention: several query heads share a key and a value head
+    hidden_dim: int = 11008  # width inside the feed-forward layer
+    vocab_size: int = 32000
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_seq_len: int = 4096  # the window the weights were trained with; nothing is allocated for it
+
+    def __post_init__(self):
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise CheckpointError(
+                f"dim {self.dim} must divide into n_heads {self.n_heads} heads of even size, "
+                f"and n_heads into n_kv_heads {self.n_kv_heads} groups"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+PRESETS = {
+    "125m": ModelConfig(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, hidden_dim=2048),
+    "1b": ModelConfig(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632),
+    "7b": ModelConfig(),
+    "13b": ModelConfig(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824),
+    "70b": ModelConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28672),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The architecture. Shapes: T tokens in the stream, C = dim, H query heads, K key/value heads, D = head size, V vocabulary.
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares taken in fp32 ("Root Mean Square Layer Normalization", equation 4)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_table(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position's angles, fp32 (T, 1, D/2): pair i turns by position x theta^(-2i/D)
+    (RoFormer, section 3.2.2).
+
+    Made afresh each forward pass (T x D/2 numbers, next to nothing), so there is no table to size, move or save."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = positions[:, None].float() * config.rope_theta**-exponents  # (T, D/2)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
+
+    A query at position m and a key at n then meet in a product that depends on m - n alone. The pairs are (0,1), (2,3), ...
+    as in Meta's weights; Hugging Face pairs (0, D/2), (1, D/2+1), ... and stores its rows in another order to match."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (T, heads, D/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(D) + mask) V ("Attention Is All You Need", equation 1), the reference for every faster way.
+
+    q (H, Tq, D), k and v (H, Tk, D), mask (Tq, Tk) true where looking is allowed. Keeps H x Tq x Tk numbers for backward:
+    in 7B at 2,048 tokens that is 32 x 2048 x 2048 x 2 bytes = 0.27 GB a layer."""
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(dim=-1).to(q.dtype) @ v
+
+
+def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> torch.Tensor:
+    """Causal attention within each document of the stream. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+    if method == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
+        from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, len(q), len(q), window_size=(-1, 0))  # causal
+    documents = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
+        documents.append(attention_over_keys(*parts, None, method).transpose(0, 1))
+    return torch.cat(documents)
+
+
+def attention_over_keys(q, k, v, mask: torch.Tensor | None, method: str) -> torch.Tensor:
+    """Attention of q (H, Tq, D) over k and v (K, Tk, D) -> (H, Tq, D). No mask means causal, with Tq = Tk."""
+    if method == "sdpa":
+        # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1).
+        q, k, v = q[None], k[None], v[None]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])[0]
+    if mask is None:
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    group = q.shape[0] // k.shape[0]
+    return textbook_attention(q, k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0), mask)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention ("GQA", section 2.2): H query heads, each group of H/K of them sharing one key and value head."""
+
+    def __init__(self, config: ModelConfig, method: str):
+        super().__init__()
+        self.head_dim, self.method = config.head_dim, method
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x, cos, sin, cu_seqlens, cached=None) -> torch.Tensor:
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cached is None:
+            out = attention_over_documents(q, k, v, cu_seqlens, self.method)
+        else:
+            keys, values, start = cached  # this layer's rooms in the cache, and how many tokens it already holds
+            end = start + len(x)
+            keys[start:end], values[start:end] = k, v
+            mask = torch.ones(len(x), end, dtype=torch.bool, device=x.device).tril(diagonal=start)
+            q, k, v = q.transpose(0, 1), keys[:end].transpose(0, 1), values[:end].transpose(0, 1)
+            out = attention_over_keys(q, k, v, mask, self.method).transpose(0, 1)
+        return self.wo(out.flatten(-2))  # (T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) ("GLU Variants Improve Transformer", section 2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str):
+        super().__init__()
+        self.attention = Attention(config, attention)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x, cos, sin, cu_seqlens, cached=None) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, cu_seqlens, cached)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class KVCache:
+    """The keys and values of the tokens already read, so that each new token costs one pass of one token.
+
+    Two tensors (n_layers, max_len, K, D): 7B in 16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token."""
+
+    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype):
+        shape = (config.n_layers, max_len, config.n_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+
+class Llama(nn.Module):
+    """The whole model. New weights are drawn from N(0, 0.02); `load_model` replaces them by real ones.
+
+    attention: "sdpa" (fused) or "textbook" (the four lines one can read, with the T x T matrix in memory)."""
+
+    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+        super().__init__()
+        if attention not in ("sdpa", "textbook"):
+            raise CheckpointError(f"unknown attention {attention!r}: known are sdpa, textbook")
+        self.config = config
+        self.gradient_checkpointing = False
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.02)
+
+    def forward(self, tokens, cu_seqlens=None, labels=None, cache: KVCache | None = None) -> torch.Tensor:
+        """One pass over a stream.
+
+        tokens (T,) int64; cu_seqlens (documents + 1,) int32, the documents' borders from 0 to T (none given: one document);
+        labels (T,) int64, the token to predict at each position, or -100 for none.
+        Returns with labels the summed cross-entropy over the labelled positions (fp32 scalar), else the logits (T, V).
+        With a cache the tokens continue what it holds, and only the last token's logits (1, V) are computed."""
+        start = cache.length if cache else 0
+        positions = torch.arange(start, start + len(tokens), device=tokens.device)
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
+        else:  # count from the border each token's document begins at
+            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+        cos, sin = rope_table(positions, self.config)
+
+        x = self.tok_embeddings(tokens)  # (T, C)
+        for i, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and self.training:
+                # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
+                x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cu_seqlens, (cache.keys[i], cache.values[i], start) if cache else None)
+        if cache:
+            cache.length += len(tokens)
+            x = x[-1:]
+        x = self.norm(x)
+        return self.output(x) if labels is None else summed_loss(x, self.output, labels)
+
+
+def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """Cross-entropy summed over the labelled positions of hidden (T, C), as an fp32 scalar.
+
+    The logits exist only where there is a label and only a chunk at a time, in backward too, where each chunk is computed
+    again: 1,024 x 32,000 fp32 numbers are 131 MB; those of 8,192 tokens would be 1 GB, and their gradient as much."""
+    supervised = labels != -100
+    hidden, labels = hidden[supervised], labels[supervised]
+
+    def loss_of(hidden, labels):
+        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+    total = hidden.sum() * 0.0  # ties the loss to the weights even when nothing is supervised, which DDP needs
+    for start in range(0, len(labels), chunk):
+        total = total + checkpoint(loss_of, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)
+    return total.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's names and row order, for weights and adapters alike
+
+_TO_HF = {
+    "layers": "model.layers",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+_FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    name = f".{name}"
+    for old, new in table.items():
+        name = name.replace(f".{old}.", f".{new}.", 1)
+    return name[1:]
+
+
+def _reorder(name: str, tensor: torch.Tensor, config: ModelConfig, pairs: tuple[int, int]) -> torch.Tensor:
+    """Query and key rows belong to RoPE's pairs: Meta keeps a pair side by side, Hugging Face half a head apart.
+    Only what has these rows is touched: the weight itself, and LoRA's B; LoRA's A has rank rows."""
+    if not (".wq." in name or ".wk." in name) or "lora_A" in name:
+        return tensor
+    return tensor.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def to_hf(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, torch.Tensor]:
+    """A tensor of this model (`layers.0.attention.wq.weight`) with Hugging Face's name and row order
+    (`model.layers.0.self_attn.q_proj.weight`). Adapters too: `layers.0.attention.wq.lora_B.weight`."""
+    return _rename(name, _TO_HF), _reorder(name, tensor, config, (config.head_dim // 2, 2))
+
+
+def from_hf(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, torch.Tensor]:
+    """The inverse of `to_hf`, exact to the bit."""
+    name = _rename(name, _FROM_HF)
+    return name, _reorder(name, tensor, config, (2, config.head_dim // 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_config(path) -> ModelConfig:
+    """The sizes of the model in a folder, from Meta's params.json or Hugging Face's config.json."""
+    path = Path(path)
+    if (path / "params.json").is_file():
+        return _meta_config(path)
+    if (path / "config.json").is_file():
+        return _hf_config(path / "config.json")
+    what = "has neither params.json (Meta) nor config.json (Hugging Face)" if path.is_dir() else "is not a folder"
+    raise CheckpointError(f"no model at {path}: it {what}")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _meta_config(folder: Path) -> ModelConfig:
+    p = _read_json(folder / "params.json")
+    try:
+        vocab_size = p.get("vocab_size", -1)
+        if vocab_size == -1:  # Meta left it to the tokenizer; the head's rows, spread over the shards, say the same
+            vocab_size = sum(len(shard["output.weight"]) for shard in _open_meta(folder))
+        n_heads = p["n_heads"]
+        return ModelConfig(
+            dim=p["dim"],
+            n_layers=p["n_layers"],
+            n_heads=n_heads,
+            n_kv_heads=p.get("n_kv_heads") or n_heads,
+            hidden_dim=meta_hidden_dim(p["dim"], p.get("multiple_of", 256), p.get("ffn_dim_multiplier")),
+            vocab_size=vocab_size,
+            norm_eps=p["norm_eps"],
+            rope_theta=p.get("rope_theta", 10000.0),
+            max_seq_len=p.get("max_seq_len", 4096),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'params.json'} or its weights lack {error}") from None
+
+
+def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Meta's rule: 2/3 of 4 x dim (SwiGLU has three matrices where others have two), stretched, rounded up to a multiple."""
+    hidden_dim = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
+    return multiple_of * -(-hidden_dim // multiple_of)
+
+
+def _hf_config(path: Path) -> ModelConfig:
+    p = _read_json(path)
+    rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5 keeps theta in here as well
+    refused = {
+        "model_type": p.get("model_type", "llama") != "llama",
+        "hidden_act": p.get("hidden_act", "silu") != "silu",
+        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "attention_bias": p.get("attention_bias", False),
+        "mlp_bias": p.get("mlp_bias", False),
+        "tie_word_embeddings": p.get("tie_word_embeddings", False),
+        "quantization_config": p.get("quantization_config") is not None,
+    }
+    for field, bad in refused.items():
+        if bad:
+            raise CheckpointError(f"{path}: {field} = {p.get(field)!r} is not Llama 2's, and this model does not have it")
+    try:
+        config = ModelConfig(
+            dim=p["hidden_size"],
+            n_layers=p["num_hidden_layers"],
+            n_heads=p["num_attention_heads"],
+            n_kv_heads=p.get("num_key_value_heads") or p["num_attention_heads"],
+            hidden_dim=p["intermediate_size"],
+            vocab_size=p["vocab_size"],
+            norm_eps=p.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", p.get("rope_theta", 10000.0)),
+            max_seq_len=p.get("max_position_embeddings", 2048),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}") from None
+    if p.get("head_dim") not in (None, config.head_dim):
+        raise CheckpointError(f"{path}: head_dim {p['head_dim']} is not hidden_size / num_attention_heads = {config.head_dim}")
+    return config
+
+
+def _open_torch(path: Path) -> dict[str, torch.Tensor]:
+    """A .pth or .bin as a dictionary of tensors, memory-mapped. weights_only: a pickle can run any code, so none is let run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        refused = "Unsupported" in reason or "GLOBAL" in reason
+        why = "it holds code, not only tensors, and was not run" if refused else "it is cut short or is no checkpoint"
+        raise CheckpointError(f"{path} cannot be read: {why}") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be cut short: {str(error).splitlines()[0]}") from None
+
+
+def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise CheckpointError(f"{folder} has params.json but no consolidated.*.pth beside it")
+    for i, path in enumerate(paths):
+        if path.name != f"consolidated.{i:02d}.pth":
+            raise CheckpointError(f"{folder / f'consolidated.{i:02d}.pth'} is missing: found {', '.join(p.name for p in paths)}")
+    return [_open_torch(path) for path in paths]
+
+
+def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """Meta's model-parallel shards as one tensor. Each matrix was cut along the axis that its layer splits the work by
+    (wq, wk, wv, w1, w3, output by rows; wo, w2, tok_embeddings by columns); norms are whole in every shard."""
+    if len(parts) == 1 or parts[0].shape == shape:
+        return parts[0]
+    for axis in range(len(shape)):
+        others = [p.shape[:axis] + p.shape[axis + 1 :] for p in parts]
+        if all(o == shape[:axis] + shape[axis + 1 :] for o in others) and sum(p.shape[axis] for p in parts) == shape[axis]:
+            return torch.cat(parts, dim=axis)
+    raise CheckpointError(
+        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing?"
+    )
+
+
+def _open_hf(folder: Path) -> dict:
+    """Every tensor of a Hugging Face folder by its name there, as a function that reads it."""
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index_name).is_file():
+            files = sorted(set(_read_json(folder / index_name)["weight_map"].values()))
+            break
+    else:
+        files = [f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()][:1]
+    if not files:
+        raise CheckpointError(f"{folder} has config.json but neither *.safetensors nor pytorch_model*.bin beside it")
+    readers = {}
+    for path in (folder / file for file in files):
+        if path.suffix == ".safetensors":
+            try:
+                file = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read, it may be cut short: {error}") from None
+            names = file.keys()
+            readers |= {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
+        else:
+            readers |= {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
+    return readers
+
+
+def open_checkpoint(path, config: ModelConfig) -> dict:
+    """Every tensor of the model in a folder: its name here -> a function that reads it, whole and in this model's row order.
+
+    Raises CheckpointError naming what is missing, what is extra, and any tensor of a wrong shape when it is read."""
+    path = Path(path)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in Llama(config).named_parameters()}
+
+    if (path / "params.json").is_file():
+        shards = _open_meta(path)
+        found = {name for shard in shards for name in shard if name != "rope.freqs"}  # a table, made afresh here
+
+        def read(name):
+            absent = [i for i, shard in enumerate(shards) if name not in shard]
+            if absent:
+                raise CheckpointError(f"{path / f'consolidated.{absent[0]:02d}.pth'} lacks {name}")
+            return _join(name, [shard[name] for shard in shards], shapes[name])
+
+    else:
+        readers = {_rename(name, _FROM_HF): (name, reader) for name, reader in _open_hf(path).items()}
+        found = {name for name in readers if not name.endswith("rotary_emb.inv_freq")}  # the same table in old files
+
+        def read(name):
+            hf_name, reader = readers[name]
+            return from_hf(hf_name, reader(), config)[1]
+
+    missing, extra = sorted(shapes.keys() - found), sorted(found - shapes.keys())
+    for what, names in (("lacks", missing), ("has unknown", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CheckpointError(f"the checkpoint in {path} {what} {', '.join(names[:3])}{more}")
+
+    def checked(name):
+        tensor = read(name)
+        if tensor.shape != shapes[name]:
+            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
+        return tensor
+
+    return {name: lambda name=name: checked(name) for name in shapes}
+
+
+def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Llama:
+    """The model in a folder: params.json + consolidated.*.pth (Meta, any number of shards), or config.json + *.safetensors
+    or pytorch_model*.bin (Hugging Face, one file or several with an index).
+
+    Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
+    Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
+    config = read_config(path)
+    with torch.device("meta"):  # shapes without storage
+        model = Llama(config, attention)
+    for name, read in open_checkpoint(path, config).items():
+        module, leaf = name.rsplit(".", 1)
+        # copy: a tensor that needed no cast would stay a view of the file, which may change or go
+        setattr(model.get_submodule(module), leaf, nn.Parameter(read().to(device, dtype, copy=True)))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing. Both write plain files into the folder; train.py hands them a temporary one and renames it when it is whole.
+
+
+def save_meta(model: Llama, path) -> None:
+    """Write params.json and consolidated.00.pth, the format of Meta's download (one shard)."""
+    path, config = Path(path), model.config
+    path.mkdir(parents=True, exist_ok=True)
+    params = {
+        "dim": config.dim,
+        "multiple_of": 256,
+        "n_heads": config.n_heads,
+        "n_layers": config.n_layers,
+        "norm_eps": config.norm_eps,
+        "vocab_size": config.vocab_size,
+    }
+    if meta_hidden_dim(config.dim, 256, None) != config.hidden_dim:
+        # Any other width: the stretch that rounds down to it (half a unit more, so that float rounding cannot miss it).
+        params |= {"multiple_of": 1, "ffn_dim_multiplier": (config.hidden_dim + 0.5) / int(2 * (4 * config.dim) / 3)}
+    if config.n_kv_heads != config.n_heads:
+        params["n_kv_heads"] = config.n_kv_heads
+    if config.rope_theta != 10000.0:
+        params["rope_theta"] = config.rope_theta
+    if config.max_seq_len != 4096:
+        params["max_seq_len"] = config.max_seq_len
+    (path / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+    torch.save({name: weight.detach().cpu() for name, weight in model.named_parameters()}, path / "consolidated.00.pth")
+
+
+def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write config.json and model.safetensors (several shards and an index above 5 GB) as transformers reads them.
+
+    dtype: what to store the weights in, as they are by default. Holds one shard at a time beside the model."""
+    path, config = Path(path), model.config
+    path.mkdir(parents=True, exist_ok=True)
+    weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
+    dtype = dtype or weights[0][1].dtype
+    shards, room = [[]], max_shard_bytes
+    for name, weight in weights:
+        size = weight.numel() * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((name, weight))
+        room -= size
+
+    index = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(to_hf(name, weight.to("cpu", dtype), config) for name, weight in shard)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        total = sum(weight.numel() * dtype.itemsize for _, weight in weights)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (path / "model.safetensors.index.json").write_text(text + "\n")
+    hf_config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_seq_len,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    (path / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
