@@ -38,8 +38,20 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 
-from data import IGNORE, TEMPLATES, DataError, PackedBatches, Tokenizer, encode_documents, parse_flags, read_dialogs
-from generate import TINY, answer, pick_device, pick_dtype, pick_template
+from data import (
+    IGNORE,
+    PAD_ID,
+    TEMPLATES,
+    DataError,
+    PackedBatches,
+    Template,
+    Tokenizer,
+    encode_dialog,
+    encode_documents,
+    parse_flags,
+    read_dialogs,
+)
+from generate import TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
 from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, save_hf, to_hf
 
@@ -143,28 +155,36 @@ FREE_TO_CHANGE = {"output_dir", "device", "save_steps", "save_total_limit", "log
 
 
 def complete(given: dict) -> TrainConfig:
-    """The settings of a run from the flags given: defaults, or with --resume those that the run was started with."""
+    """The settings of a run from the flags given: defaults, or with --resume those that the run was started with.
+
+    Paths become absolute, so that run.json means the same wherever it is read."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name in {"model", "tokenizer"} & given.keys():
+        given[name] = os.path.abspath(given[name])
+    for name in {"data", "eval_data"} & given.keys():
+        given[name] = tuple(map(os.path.abspath, given[name]))
+    folder = Path(given.get("output_dir") or f"runs/{given.get('method', TrainConfig.method)}")
     if given.get("resume"):
-        folder = Path(given.get("output_dir") or f"runs/{given.get('method', 'lora')}")
-        if not (folder / "run.json").is_file():
-            raise RunError(f"nothing to resume: {folder} holds no run (--output_dir names its folder)")
-        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        saved = read_run(folder)["settings"]
         saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         for name, value in given.items():
-            if name not in FREE_TO_CHANGE and tuple_or(value) != saved[name]:
+            if name not in FREE_TO_CHANGE and value != saved[name]:
                 raise RunError(
-                    f"--{name} {value} differs from {saved[name]} in {folder}, and the resumed run would not be the same run"
+                    f"--{name} {value}: the run in {folder} was started with {saved[name]}, and a resumed run is the same run"
                 )
-        given = saved | given | {"output_dir": str(folder), "overwrite": False}
-    elif "data" not in given:  # the embedded default brings its own held-out questions, and a control that cannot be answered
+        given = saved | given
+    elif "data" not in given:  # the embedded default brings held-out questions, and a control: ones that nobody can answer
         given = {"eval_data": (str(TINY / "held_out.jsonl"), str(TINY / "never_told.jsonl")), "exact_match": True} | given
-    given = {name: tuple_or(value) for name, value in given.items()}
-    config = TrainConfig(**given)
-    return dataclasses.replace(config, output_dir=config.output_dir or f"runs/{config.method}")
+    return TrainConfig(**given | {"output_dir": str(folder)})
 
 
-def tuple_or(value):
-    return tuple(value) if isinstance(value, list) else value
+def read_run(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"nothing to resume: {folder} holds no run (--output_dir names its folder)") from None
+    except ValueError as error:
+        raise RunError(f"{folder / 'run.json'} cannot be read: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +261,7 @@ class Workers:
         return total.item()
 
     def gather(self, values: list) -> list:
-        """The lists of all ranks, dealt back in the order in which rank r had taken elements r, r + world, ..."""
+        """All ranks' lists as one, where rank r had taken elements r, r + world, ... of it."""
         if self.world == 1:
             return values
         parts = [None] * self.world
@@ -251,6 +271,102 @@ class Workers:
     def wait(self):
         if self.world > 1:
             dist.barrier()
+
+
+@dataclass
+class Data:
+    """What a run reads: the tokenizer and template, the rows to train on, and what is held out."""
+
+    tokenizer: Tokenizer
+    template: Template
+    template_name: str
+    batches: PackedBatches
+    held_out: dict[str, list]  # dialogs by the name of their file
+    evaluations: dict[str, PackedBatches]  # the same, as rows
+
+
+def read_data(config: TrainConfig, say) -> Data:
+    """Read, check and tokenise every record, so that a bad one stops the program before the model is even loaded."""
+    tokenizer = Tokenizer(tokenizer_file(config))
+
+    def read(path):
+        return list(read_dialogs(path, config.source, config.target))
+
+    dialogs = list(chain.from_iterable(map(read, config.data)))
+    held_out = {Path(path).stem: read(path) for path in config.eval_data}
+    if config.eval_split:
+        order = np.random.default_rng(config.seed).permutation(len(dialogs))
+        count = max(1, round(config.eval_split * len(dialogs)))
+        held_out = {"held_out": [dialogs[i] for i in order[:count]]}
+        dialogs = [dialogs[i] for i in sorted(order[count:])]
+    name = config.template or ("plain" if dialogs[:1] and dialogs[0][0]["role"] == "text" else "llama2")
+    template = TEMPLATES[name]
+
+    def pack(name, dialogs, shuffle):
+        documents, fates = encode_documents(
+            dialogs,
+            tokenizer,
+            template,
+            max_length=config.model_max_length,
+            too_long=config.too_long,
+            train_on_inputs=config.train_on_inputs,
+        )
+        if not documents:
+            raise DataError(f"{name}: nothing to learn from in {len(dialogs)} records: {dict(fates)}")
+        batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
+        tokens = sum(len(ids) for ids, _ in documents)
+        supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
+        full = tokens / (len(batches) * batches.row_tokens)
+        say(f"{name}: " + ", ".join(f"{n:,} {fate}" for fate, n in sorted(fates.items(), reverse=True)))
+        say(
+            f"  {tokens:,} tokens, {supervised:,} supervised, in {len(batches):,} rows of {batches.row_tokens:,}, {full:.0%} full"
+        )
+        return batches
+
+    batches = pack("training data", dialogs, shuffle=True)
+    evaluations = {name: pack(name, records, shuffle=False) for name, records in held_out.items()}
+    return Data(tokenizer, template, name, batches, held_out, evaluations)
+
+
+def tokenizer_file(config: TrainConfig) -> Path:
+    return Path(config.tokenizer or Path(config.model) / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step, and what is measured between steps
+
+
+def training_step(config, model, optimizer, scaler, micro_batches, rate: float, workers: Workers, autocast):
+    """One optimizer step over this rank's micro-batches. Returns (loss, gradient norm, supervised tokens) of the whole step.
+
+    Raises RunError when the loss or the gradient is not a finite number, before a weight is touched."""
+    supervised = workers.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))
+    loss_sum = 0.0
+    for i, batch in enumerate(micro_batches):
+        # DDP averages the gradients of all ranks in backward. Only the last micro-batch needs that; x world turns it into a sum.
+        hold = workers.world > 1 and i < len(micro_batches) - 1
+        with model.no_sync() if hold else contextlib.nullcontext():
+            with autocast():
+                loss = model(**{name: x.to(workers.device, non_blocking=True) for name, x in batch.items()})
+            scaler.scale(loss * (workers.world / supervised)).backward()
+        loss_sum += loss.detach()
+    loss = workers.sum(float(loss_sum)) / supervised
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss is {loss}; the last checkpoint stands. Try a lower --learning_rate, or --dtype bf16 instead of fp16"
+        )
+
+    scaler.unscale_(optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf).item()
+    if not math.isfinite(grad_norm) and not scaler.is_enabled():  # in fp16 the scaler skips such a step and lowers its scale
+        raise RunError(f"the gradient is {grad_norm}; the last checkpoint stands. Try a lower --learning_rate")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, int(supervised)
 
 
 @torch.no_grad()
@@ -267,415 +383,15 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
     return workers.sum(loss) / workers.sum(supervised)
 
 
-def answer_all(model: Llama, tokenizer, template, dialogs, workers: Workers, max_new_tokens=None) -> list[str]:
-    """The greedy replies to the last user turn of each dialog. Without max_new_tokens, as long as the reference and a little more."""
+def ask(model: Llama, data: Data, dialogs: list, workers: Workers, max_new_tokens: int | None) -> list[str]:
+    """Greedy replies to the last user turn of each dialog; no max_new_tokens: a little more than the reference has."""
     model.eval()
     replies = []
     for dialog in dialogs[workers.rank :: workers.world]:
-        limit = max_new_tokens or len(tokenizer.encode(dialog[-1]["content"])) + 8
-        replies.append("".join(answer(model, tokenizer, template, dialog[:-1], limit)).strip())
+        limit = max_new_tokens or len(data.tokenizer.encode(dialog[-1]["content"])) + 8
+        replies.append("".join(answer(model, data.tokenizer, data.template, dialog[:-1], limit)).strip())
     model.train()
     return workers.gather(replies)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files. Whatever is written is written beside its place and renamed when it is whole, so a crash leaves the old or the new.
-
-
-@contextlib.contextmanager
-def written_whole(folder: Path):
-    """A new folder to write into. It gets its name when all is written, and is on the disk then; or it is gone."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():  # only best/ is ever replaced: keep the old one until the new one has the name
-            folder.rename(folder.with_name(folder.name + ".old.tmp"))
-        temporary.rename(folder)
-        shutil.rmtree(folder.with_name(folder.name + ".old.tmp"), ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError | LoRAError):
-            raise
-        reason = str(error).splitlines()[0]
-        free = shutil.disk_usage(folder.parent).free
-        raise RunError(f"could not write {folder} ({free / 1e9:.2f} GB free on its disk): {reason}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
-
-
-def load_state(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def restore_weights(model: Llama, weights: dict[str, torch.Tensor]) -> None:
-    own = trained_weights(model)
-    if own.keys() != weights.keys():
-        raise RunError("the checkpoint holds other weights than this run trains")
-    for name, weight in weights.items():
-        own[name].copy_(weight)
-
-
-def save_final(config: TrainConfig, model: Llama, tokenizer_file: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter (PEFT's format) or the model (Hugging Face's) and the tokenizer, read them back, compare, move into place."""
-    with written_whole(folder / "final") as temporary:
-        hf = partial(to_hf, config=model.config)
-        if config.method == "lora":
-            save_adapter(
-                model,
-                temporary,
-                hf,
-                base_model=config.model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                rslora=config.use_rslora,
-            )
-            written = {
-                name: (lambda t=t: t) for name, t in read_adapter(temporary, partial(from_hf, config=model.config))[1].items()
-            }
-            held, dtype = lora_parameters(model), torch.float32
-        else:
-            save_hf(model, temporary, dtype=dtype)
-            written, held = open_checkpoint(temporary, model.config), dict(model.named_parameters())
-        for name, weight in held.items():
-            if not torch.equal(written[name](), weight.detach().to("cpu", dtype)):
-                raise RunError(f"{name} read back from {temporary} is not what was written; the disk or its driver is at fault")
-        shutil.copyfile(tokenizer_file, temporary / "tokenizer.model")
-        tokenizer = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        tokenizer |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "model_max_length": model.config.max_seq_len}
-        write_json(temporary / "tokenizer_config.json", tokenizer)
-    for path in sorted((folder / "final").iterdir()):
-        os.replace(path, folder / path.name)
-    (folder / "final").rmdir()
-
-
-def write_samples(folder: Path, title: str, dialogs, before: list[str], after: list[str]) -> None:
-    lines = [f"# {title}", "", "The same held-out prompts, answered greedily before and after training.", ""]
-    for dialog, old, new in zip(dialogs, before, after, strict=True):
-        for message in dialog[:-1]:
-            lines += [f"**{message['role']}:** {message['content']}", ""]
-        parts = (("reference", dialog[-1]["content"]), ("before", old), ("after", new))
-        lines += [f"- {name}: `{' '.join(text.split()) or '(nothing)'}`" for name, text in parts] + ["", "---", ""]
-    (folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def plot_losses(folder: Path, rows: list[dict]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("loss.png: not drawn (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for key in sorted({key for row in rows for key in row if key.endswith("loss")}, key=lambda key: key != "loss"):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), label=key, marker="o" if key != "loss" else None)
-    axes.set(xlabel="step", ylabel="nats per supervised token", title=folder.name)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
-
-
-class Progress:
-    """One line that is rewritten in a terminal, and one line per logged step in a file."""
-
-    def __init__(self, total: int, start: int, quiet: bool):
-        self.total, self.start, self.quiet = total, start, quiet
-        self.terminal = sys.stdout.isatty()
-        self.began = time.perf_counter()
-
-    def show(self, step: int, loss: float, tokens_per_second: float, logged: bool) -> None:
-        if self.quiet or not (self.terminal or logged):
-            return
-        left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
-        line = f"step {step}/{self.total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
-
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            print(f"\r\033[K{line}" if self.terminal else line, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def train(config: TrainConfig) -> list[dict]:
-    """Run it all: read, build, loop, save. Returns the rows of log.jsonl.
-
-    Raises DataError, CheckpointError, LoRAError or RunError with one sentence for what the user can mend."""
-    device = pick_device(config.device)
-    workers = Workers(device)
-    world, rank = workers.world, workers.rank
-    dtype = pick_dtype(config.dtype, device)
-    folder = Path(config.output_dir)
-    if (folder / "run.json").exists() and not (config.resume or config.overwrite):
-        raise RunError(
-            f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite), or name another --output_dir"
-        )
-    say = print if rank == 0 else lambda *_: None
-
-    # Data. Every record is read and checked before the model is even loaded.
-    tokenizer_file = Path(config.tokenizer or Path(config.model) / "tokenizer.model")
-    tokenizer = Tokenizer(tokenizer_file)
-    dialogs = list(chain.from_iterable(read_dialogs(path, config.source, config.target) for path in config.data))
-    held_out = {Path(path).stem: list(read_dialogs(path, config.source, config.target)) for path in config.eval_data}
-    if config.eval_split:
-        order = np.random.default_rng(config.seed).permutation(len(dialogs))
-        count = max(1, round(config.eval_split * len(dialogs)))
-        held_out = {"held_out": [dialogs[i] for i in order[:count]]}
-        dialogs = [dialogs[i] for i in sorted(order[count:])]
-    template_name = config.template or ("plain" if dialogs and dialogs[0][0]["role"] == "text" else "llama2")
-    template = pick_template(template_name)
-
-    def pack(name, dialogs, **how):
-        limits = {"max_length": config.model_max_length, "too_long": config.too_long, "train_on_inputs": config.train_on_inputs}
-        documents, fates = encode_documents(dialogs, tokenizer, template, **limits)
-        if not documents:
-            raise DataError(f"{name}: none of the {len(dialogs)} records can be learned from: {dict(fates)}")
-        batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, **how)
-        tokens, supervised = sum(len(ids) for ids, _ in documents), sum(int((ls[1:] != IGNORE).sum()) for _, ls in documents)
-        fill = tokens / (len(batches) * batches.row_tokens)
-        say(
-            f"{name}: {', '.join(f'{n:,} {fate}' for fate, n in sorted(fates.items(), reverse=True))}; {tokens:,} tokens, "
-            f"{supervised:,} supervised, in {len(batches):,} rows of {batches.row_tokens:,} ({fill:.0%} full)"
-        )
-        return batches
-
-    batches = pack("training data", dialogs)
-    evaluations = {name: pack(name, records, shuffle=False) for name, records in held_out.items()}
-    steps_per_epoch = math.ceil(len(batches) / (config.gradient_accumulation_steps * world))
-    total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
-
-    # Model.
-    model = build(config, device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise DataError(
-            f"{tokenizer_file} has {tokenizer.vocab_size:,} tokens, the model in {config.model} only {model.config.vocab_size:,}"
-        )
-    optimizer = make_optimizer(config, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small fp16 gradients from becoming 0
-    mixed = config.method == "full" and dtype != torch.float32
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=mixed)
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    peak = peak_learning_rate(config, model.config.dim)
-    trained = trained_weights(model)
-    count = sum(p.numel() for p in trained.values())
-    everything = sum(p.numel() for p in model.parameters())
-    say(
-        f"{config.model}: {everything:,} parameters, {count:,} trained ({count / everything:.2%}); {config.method}, "
-        f"{str(dtype).removeprefix('torch.')} on {world} x {device.type}, learning rate {peak:.2e}, template {template_name}"
-    )
-
-    # Before: the questions to be asked again at the end.
-    questions = [d for d in chain.from_iterable(held_out.values()) if d[-1]["role"] == "assistant" and d[0]["role"] != "text"]
-    shown = questions[:: max(1, len(questions) // config.samples)][: config.samples] if config.samples else []
-
-    def ask():
-        """Replies to the shown prompts, and to every held-out record if exact matches are counted: {name: [(dialog, reply)]}."""
-        if config.exact_match:
-            return {
-                name: list(zip(ds, answer_all(model, tokenizer, template, ds, workers), strict=True))
-                for name, ds in held_out.items()
-            }
-        return {"shown": list(zip(shown, answer_all(model, tokenizer, template, shown, workers, 128), strict=True))}
-
-    if config.exact_match and not questions:
-        raise DataError("--exact_match needs held-out records that end on a reply: --eval_data or --eval_split")
-    before = ask()
-
-    # Where to begin.
-    start, best, rows = 0, math.inf, []
-    if config.resume:
-        found = checkpoints(folder)
-        if found:
-            state = load_state(found[-1] / "state.pt")
-            restore_weights(model, state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            start, best = state["step"], state["best"]
-            if state["world"] != world:
-                raise RunError(
-                    f"{folder} was trained by {state['world']} processes, not {world}: the rows of a step would differ"
-                )
-            if (folder / "log.jsonl").exists():  # rows after the checkpoint will be made again
-                logged = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-                rows = [row for row in logged if row["step"] <= start]
-        say(f"resuming {folder} after step {start}")
-    workers.wait()  # nobody writes before everybody has checked
-
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            for old in (*folder.glob("checkpoint-*"), *folder.glob("best*")):
-                shutil.rmtree(old)
-        settings = {name: getattr(config, name) for name in vars(config) if name not in ("resume", "overwrite")}
-        settings |= {name: os.path.abspath(settings[name]) for name in ("model", "tokenizer") if settings[name]}
-        settings |= {name: [os.path.abspath(path) for path in settings[name]] for name in ("data", "eval_data")}
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        run = {"base_model": os.path.abspath(config.model), "template": template_name, "settings": settings}
-        run |= {"learning_rate": peak, "steps": total, "processes": world, "dtype": str(dtype), "versions": versions}
-        write_json(folder / "run.json", run)
-        (folder / "log.jsonl.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(folder / "log.jsonl.tmp", folder / "log.jsonl")
-
-    def record(row):
-        rows.append(row)
-        if rank == 0:
-            with open(folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
-
-    def save(name, **more):
-        if rank == 0:
-            with written_whole(folder / name) as temporary:
-                torch.save(
-                    {"weights": trained_weights(model), "step": step, "best": best, "world": world, **more},
-                    temporary / "state.pt",
-                )
-
-    def run_evaluation(step):
-        """Log the loss on every held-out file; keep the weights if the first one's is the lowest so far and that is asked for."""
-        nonlocal best
-        losses = {name: evaluate(model, rows_of, workers, autocast) for name, rows_of in evaluations.items()}
-        if losses:
-            record(
-                {"step": step, "epoch": round(step / steps_per_epoch, 4)}
-                | {f"eval_{name}_loss": loss for name, loss in losses.items()}
-            )
-            progress.say(f"after step {step}: " + ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items()))
-            first = next(iter(losses.values()))
-            if first < best:
-                best = first
-                if config.load_best_model_at_end:
-                    save("best")
-
-    # The loop.
-    model.train()
-    progress = Progress(total, start, quiet=rank != 0)
-    tokens_since, since = 0, time.perf_counter()
-    step = start
-    if start == 0:
-        run_evaluation(0)
-    try:
-        for step in range(start + 1, total + 1):
-            torch.manual_seed(hash((config.seed, step, rank)) % 2**63)  # dropout: a function of (seed, step, rank)
-            first = ((step - 1) % steps_per_epoch) * config.gradient_accumulation_steps * world
-            indices = range(first + rank, first + config.gradient_accumulation_steps * world, world)
-            micro_batches = [batches.batch((step - 1) // steps_per_epoch, index) for index in indices]
-            supervised = workers.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))
-            loss_sum = 0.0
-            for i, batch in enumerate(micro_batches):
-                # DDP averages gradients over the ranks in backward: only the last micro-batch needs that, and x world makes it a sum.
-                last = i == len(micro_batches) - 1
-                with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                    with autocast():
-                        loss = wrapped(**{name: x.to(device, non_blocking=True) for name, x in batch.items()})
-                    scaler.scale(loss * world / supervised).backward()
-                loss_sum += loss.detach()
-            loss = workers.sum(float(loss_sum)) / supervised
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss of step {step} is {loss}: stopped; try a lower --learning_rate, or --dtype bf16 instead of fp16"
-                )
-
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained_parameters(model), config.max_grad_norm or math.inf).item()
-            if not math.isfinite(grad_norm) and not scaler.is_enabled():  # in fp16 the scaler skips such a step by itself
-                raise RunError(f"the gradient of step {step} is {grad_norm}: stopped; try a lower --learning_rate")
-            rate = learning_rate(config, step - 1, total, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-            tokens_since += sum(int(batch["cu_seqlens"][-1]) for batch in micro_batches)
-            logged = step % config.logging_steps == 0 or step == total
-            speed = world * tokens_since / (time.perf_counter() - since)
-            progress.show(step, loss, speed, logged)
-            if logged:
-                record(
-                    {
-                        "step": step,
-                        "epoch": round(step / steps_per_epoch, 4),
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "grad_norm": grad_norm,
-                        "supervised_tokens": int(supervised),
-                        "tokens_per_second": round(speed, 1),
-                        "peak_memory_bytes": peak_memory(device),
-                    }
-                )
-                tokens_since, since = 0, time.perf_counter()
-            if config.eval_steps and step % config.eval_steps == 0 and step < total:
-                run_evaluation(step)
-                since = time.perf_counter() - 1e-9
-            if config.save_steps and step % config.save_steps == 0:
-                save(f"checkpoint-{step}", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                if rank == 0 and config.save_total_limit:
-                    for old in checkpoints(folder)[: -config.save_total_limit]:
-                        shutil.rmtree(old)
-    except KeyboardInterrupt:
-        found = checkpoints(folder)
-        rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved yet"
-        raise KeyboardInterrupt(f"stopped after step {step - 1} of {total}; {rest}") from None
-
-    # After.
-    if start < total:
-        run_evaluation(total)
-    if config.load_best_model_at_end:
-        state = load_state(folder / "best" / "state.pt")
-        restore_weights(model, state["weights"])
-        progress.say(f"the weights of step {state['step']} are kept: the lowest held-out loss, {state['best']:.4f}")
-    if rank == 0:
-        save_final(config, model, tokenizer_file, folder, dtype)
-    after = ask()
-    say(f"saved in {folder}, read back and compared")
-    if config.exact_match:
-        for name in held_out:
-            right = [sum(reply == d[-1]["content"].strip() for d, reply in answers[name]) for answers in (before, after)]
-            n = len(held_out[name])
-            say(f"{name}: {right[0]} of {n} answered exactly before ({right[0] / n:.1%}), {right[1]} after ({right[1] / n:.1%})")
-            record({"step": total, "eval_data": name, "exact_match_before": right[0] / n, "exact_match_after": right[1] / n})
-    if rank == 0 and shown:
-        replies = [{id(d): reply for pairs in answers.values() for d, reply in pairs} for answers in (before, after)]
-        write_samples(folder, f"{folder.name}: before and after", shown, *([r[id(d)] for d in shown] for r in replies))
-        say(f"the same questions before and after: {folder / 'samples.md'}")
-        for dialog in shown[:2]:
-            say(
-                f"  {dialog[-2]['content']}\n    before: {replies[0][id(dialog)][:100]}\n    after:  {replies[1][id(dialog)][:100]}"
-            )
-    if rank == 0:
-        plot_losses(folder, rows)
-    return rows
-
-
-def trained_parameters(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -685,17 +401,349 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a run. All is written beside its place and renamed when it is whole, so a crash leaves the old or the new.
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path):
+    """A new folder to write into, which gets its name when everything is on the disk. If that fails it is gone: RunError."""
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
+    try:
+        for left_over in (temporary, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for a full disk
+        free = shutil.disk_usage(folder.parent).free / 1e9
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"could not write {folder}, and {free:.2f} GB are free on its disk; what was there stands: {reason}"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_state(path: Path, model: Llama) -> dict:
+    """Read state.pt, copy its weights into the model, and return the rest: step, best, optimizer, ..."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    own, weights = trained_weights(model), state.pop("weights")
+    if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in weights.items()}:
+        raise RunError(f"{path} holds other weights than this run trains")
+    for name, weight in weights.items():
+        own[name].copy_(weight)
+    return state
+
+
+def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype) -> None:
+    """Write the adapter (PEFT's format) or the model (Hugging Face's), and the tokenizer; read back, compare, put in place."""
+    with written_whole(folder / "final") as temporary:
+        if config.method == "lora":
+            options = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+            rename = partial(to_hf, config=model.config)
+            save_adapter(model, temporary, rename, base_model=config.model, rslora=config.use_rslora, **options)
+            _, written = read_adapter(temporary, partial(from_hf, config=model.config))
+            pairs = ((name, weight, written[name]) for name, weight in lora_parameters(model).items())
+        else:
+            save_hf(model, temporary, dtype=dtype)
+            written = open_checkpoint(temporary, model.config)
+            pairs = ((name, weight.to(dtype), written[name]()) for name, weight in model.named_parameters())
+        for name, held, read in pairs:
+            if not torch.equal(held.detach().cpu(), read):
+                raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
+        shutil.copyfile(tokenizer_file(config), temporary / "tokenizer.model")
+        about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": model.config.max_seq_len}
+        write_text(temporary / "tokenizer_config.json", json.dumps(about, indent=2))
+    for path in sorted((folder / "final").iterdir()):
+        os.replace(path, folder / path.name)
+    (folder / "final").rmdir()
+
+
+def write_samples(folder: Path, dialogs, before: list[str], after: list[str]) -> None:
+    lines = [
+        "# Before and after",
+        "",
+        f"Held-out prompts, answered greedily before and after the training in `{folder.name}`.",
+        "",
+    ]
+    for dialog, old, new in zip(dialogs, before, after, strict=True):
+        for message in dialog[:-1]:
+            lines += [f"**{message['role']}:** {message['content']}", ""]
+        for title, text in (("reference", dialog[-1]["content"]), ("before", old), ("after", new)):
+            lines += [f"- {title}: {' '.join(text.split()) or '(nothing)'}"]
+        lines += ["", "---", ""]
+    write_text(folder / "samples.md", "\n".join(lines))
+
+
+def plot_losses(folder: Path, rows: list[dict], say) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        return say("loss.png is not drawn: pip install matplotlib")
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for key in sorted({key for row in rows for key in row if key.endswith("loss")}, key=len):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), label=key, marker="" if key == "loss" else "o")
+    axes.set(xlabel="step", ylabel="loss, nats per supervised token", title=folder.name)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+
+
+class Progress:
+    """One line, rewritten at every step in a terminal and written at every logged step into a file."""
+
+    def __init__(self, start: int, total: int, say):
+        self.start, self.total, self.say = start, total, say
+        self.terminal = sys.stdout.isatty()
+        self.began = time.perf_counter()
+
+    def show(self, step: int, loss: float, tokens_per_second: float, logged: bool) -> None:
+        left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        line = f"step {step}/{self.total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {clock} left"
+        if self.terminal:  # \r: back to the line's start; \033[K: clear what the longer last one left
+            self.say(f"\r{line}\033[K", end="\n" if step == self.total else "", flush=True)
+        elif logged:
+            self.say(line, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(config: TrainConfig) -> list[dict]:
+    """Read, build, loop, save. Returns the rows of log.jsonl.
+
+    Raises DataError, CheckpointError, LoRAError or RunError, with one sentence about what the user can mend."""
+    device = pick_device(config.device)
+    workers = Workers(device)
+    say = print if workers.rank == 0 else lambda *_, **__: None
+    folder = Path(config.output_dir)
+    if (folder / "run.json").exists() and not (config.resume or config.overwrite):
+        raise RunError(
+            f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --output_dir names another"
+        )
+
+    # Read and build.
+    data = read_data(config, say)
+    dtype = pick_dtype(config.dtype, device)
+    model = build(config, device)
+    pieces, known = data.tokenizer.vocab_size, model.config.vocab_size
+    if pieces > known:
+        raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
+    optimizer = make_optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small fp16 gradients from becoming 0
+    autocast = partial(torch.autocast, device.type, dtype, enabled=config.method == "full" and dtype != torch.float32)
+    parallel = DistributedDataParallel(model) if workers.world > 1 else model
+    rows_per_step = config.gradient_accumulation_steps * workers.world
+    steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)
+    total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+    peak = peak_learning_rate(config, model.config.dim)
+    trained, everything = (sum(w.numel() for w in ws) for ws in (trained_weights(model).values(), model.parameters()))
+    say(f"model: {config.model}, {everything:,} parameters, {trained:,} trained ({trained / everything:.2%})")
+    say(
+        f"  {config.method} on {workers.world} x {device.type}, {str(dtype)[6:]}, template {data.template_name}, "
+        f"{total:,} steps of {rows_per_step * data.batches.row_tokens:,} tokens, learning rate {peak:.2e}"
+    )
+
+    # Ask the untrained model what will be asked again at the end: every held-out question, or only the few that are shown.
+    questions = {
+        name: [d for d in dialogs if d[-1]["role"] == "assistant" and answerable(d, data, model)]
+        for name, dialogs in data.held_out.items()
+    }
+    flat = list(chain.from_iterable(questions.values()))
+    if config.exact_match and not flat:
+        raise DataError("--exact_match needs held-out records that end on a reply: --eval_data or --eval_split")
+    shown = flat[:: max(1, len(flat) // max(1, config.samples))][: config.samples]
+    asked, limit = (flat, None) if config.exact_match else (shown, 128)
+    before = ask(model, data, asked, workers, limit)
+
+    # Begin, or go on where a checkpoint stands.
+    start, best, rows = 0, math.inf, []
+    if config.resume and checkpoints(folder):
+        state = load_state(checkpoints(folder)[-1] / "state.pt", model)
+        if state["processes"] != workers.world:
+            raise RunError(
+                f"{folder} was trained by {state['processes']} processes, not {workers.world}: a step would have other rows"
+            )
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, best = state["step"], state["best"]
+        logged = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        rows = [row for row in logged if row["step"] <= start and "eval_data" not in row]  # the others will be made again
+        say(f"resumed after step {start}")
+    workers.wait()  # nothing is written before every rank has found all in order
+    if workers.rank == 0:
+        begin_folder(config, folder, rows, data.template_name, peak, total, workers.world, dtype)
+
+    def record(**row):
+        rows.append(row)
+        if workers.rank == 0:
+            with open(folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(row) + "\n")
+
+    def save(name, step, **more):
+        if workers.rank == 0:
+            with written_whole(folder / name) as temporary:
+                state = {"weights": trained_weights(model), "step": step, "best": best, "processes": workers.world}
+                torch.save(state | more, temporary / "state.pt")
+
+    def run_evaluation(step):
+        nonlocal best
+        losses = {f"eval_{name}_loss": evaluate(model, batches, workers, autocast) for name, batches in data.evaluations.items()}
+        if not losses:
+            return
+        record(step=step, epoch=step / steps_per_epoch, **losses)
+        say(f"after step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        first = next(iter(losses.values()))
+        if first < best:
+            best = first
+            if config.load_best_model_at_end:
+                save("best", step)
+
+    # The loop.
+    model.train()
+    if start == 0:
+        run_evaluation(0)
+    progress = Progress(start, total, say)
+    tokens, seconds, step = 0, 0.0, start
+    try:
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            epoch, index = divmod(step - 1, steps_per_epoch)
+            indices = range(index * rows_per_step + workers.rank, (index + 1) * rows_per_step, workers.world)
+            micro_batches = [data.batches.batch(epoch, index) for index in indices]
+            torch.manual_seed(hash((config.seed, step, workers.rank)))  # the dropout of this step, whatever ran before it
+            rate = learning_rate(config, step - 1, total, peak)
+            loss, grad_norm, supervised = training_step(
+                config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
+            )
+            seconds += time.perf_counter() - began
+            tokens += workers.world * sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)
+            logged = step % config.logging_steps == 0 or step == total
+            progress.show(step, loss, tokens / seconds, logged)
+            if logged:
+                record(
+                    step=step,
+                    epoch=step / steps_per_epoch,
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=grad_norm,
+                    supervised_tokens=supervised,
+                    tokens_per_second=round(tokens / seconds, 1),
+                    peak_memory_bytes=peak_memory(device),
+                )
+                tokens, seconds = 0, 0.0
+            if step == total or (config.eval_steps and step % config.eval_steps == 0):
+                run_evaluation(step)
+            if config.save_steps and step % config.save_steps == 0:
+                save(f"checkpoint-{step}", step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                if workers.rank == 0 and config.save_total_limit:
+                    for old in checkpoints(folder)[: -config.save_total_limit]:
+                        shutil.rmtree(old)
+    except KeyboardInterrupt:
+        found = checkpoints(folder)
+        rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved"
+        raise KeyboardInterrupt(f"stopped at step {step} of {total}; {rest}") from None
+
+    # Save, then ask again.
+    if config.load_best_model_at_end:
+        workers.wait()
+        state = load_state(folder / "best" / "state.pt", model)
+        say(f"the weights of step {state['step']} are taken: their held-out loss of {state['best']:.4f} is the lowest")
+    if workers.rank == 0:
+        save_final(config, model, folder, dtype)
+    say(f"saved in {folder}, read back and compared")
+    after = ask(model, data, asked, workers, limit)
+    if config.exact_match:
+        first = 0
+        for name, dialogs in ((name, dialogs) for name, dialogs in questions.items() if dialogs):
+            part = slice(first, first := first + len(dialogs))
+            right = [
+                sum(reply == dialog[-1]["content"].strip() for dialog, reply in zip(dialogs, replies[part], strict=True))
+                for replies in (before, after)
+            ]
+            old, new = (n / len(dialogs) for n in right)
+            say(f"{name}: {old:.1%} of {len(dialogs)} answered exactly before, {new:.1%} after")
+            record(step=total, eval_data=name, exact_match_before=old, exact_match_after=new)
+    if workers.rank == 0 and shown:
+        places = [next(i for i, d in enumerate(asked) if d is dialog) for dialog in shown]
+        write_samples(folder, shown, [before[i] for i in places], [after[i] for i in places])
+        say(f"the same prompts before and after: {folder / 'samples.md'}")
+    if workers.rank == 0:
+        plot_losses(folder, rows, say)
+    return rows
+
+
+def answerable(dialog: list[dict], data: Data, model: Llama) -> bool:
+    """Whether there is a prompt, and it leaves room for a reply in the model's window."""
+    if dialog[0]["role"] == "text":
+        return False
+    prompt, _ = encode_dialog(dialog[:-1], data.tokenizer, data.template)
+    return len(prompt) + 128 <= model.config.max_seq_len
+
+
+def begin_folder(config, folder: Path, rows, template_name: str, peak: float, total: int, processes: int, dtype) -> None:
+    """Write what this run is (run.json) and its log up to here; with --overwrite, clear a former run's checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.resume:
+        for old in (*folder.glob("checkpoint-*"), *folder.glob("best*")):
+            shutil.rmtree(old)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "overwrite")}
+    run = {
+        "base_model": config.model,
+        "template": template_name,
+        "learning_rate": peak,
+        "steps": total,
+        "processes": processes,
+        "dtype": str(dtype),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+        "settings": settings,
+    }
+    write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def main():
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        train(complete(parse_flags(TrainConfig, "Fine-tune Llama 2: full or LoRA, on CPU, GPU, or several with torchrun.")))
+        train(complete(parse_flags(TrainConfig, "Fine-tune Llama 2: full or LoRA, on a CPU, a GPU, or several with torchrun.")))
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if speaks:
-            print(f"\ntrain.py: {error}", file=sys.stderr)
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         if speaks:
-            print(f"\ntrain.py: {stopped or 'stopped'}", file=sys.stderr)
+            print(f"\ntrain.py: {stopped or 'stopped before the first step'}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
