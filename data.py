@@ -66,7 +66,7 @@ class Tokenizer:
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids)
+        return self.pieces.decode([i for i in ids if i < self.vocab_size])  # rows that only pad a model's table write nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +160,14 @@ def read_dialogs(path, source: str | None = None, target: str | None = None):
         for where, record in readers[path.suffix](path):
             empty = False
             try:
-                yield _as_dialog(record, source, target)
+                dialog = _as_dialog(record, source, target)
+                for message in dialog:
+                    "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
+            except UnicodeEncodeError as error:
+                raise DataError(f"{path}, {where}: holds half a character, {error.object[error.start]!a}") from None
             except DataError as error:
                 raise DataError(f"{path}, {where}: {error}") from None
+            yield dialog
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     if empty:
@@ -170,14 +175,14 @@ def read_dialogs(path, source: str | None = None, target: str | None = None):
 
 
 def _lines(path: Path):
-    """(number, text) of each line that is not blank. Decoded a line at a time, so that a bad byte is reported with its line."""
+    """(number, text) of each line, Windows' endings made plain. Decoded singly, so that a bad byte is reported with its line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-            yield number, text
+            yield number, text.replace("\r\n", "\n")
 
 
 def _jsonl_records(path: Path):
@@ -205,14 +210,16 @@ def _json_records(path: Path):
 def _csv_records(path: Path):
     csv.field_size_limit(2**31 - 1)  # its own limit is 128 KB a field
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    line_num = 0  # where the last good record ended: an open quote swallows the rest of the file
     try:
         for record in reader:
             where = f"line {reader.line_num}"
             if None in record or None in record.values():
                 raise DataError(f"{path}, {where}: expected {len(reader.fieldnames)} columns ({', '.join(reader.fieldnames)})")
             yield where, record
+            line_num = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        raise DataError(f"{path}, the record from line {line_num + 1}: not CSV: {error}") from None
 
 
 def _txt_records(path: Path):
@@ -312,7 +319,8 @@ class PackedBatches:
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
         order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
         self.rows: list[list[int]] = []
-        # First fit: a document goes into the first of the latest 64 rows with room for it. On real data rows end up ~99 % full.
+        # First fit: a document goes into the first of the latest 64 rows with room for it. On no_robots in the
+        # llama2 template, rows of 512 tokens end up 96 % full and rows of 2,048 tokens 98 %.
         room: list[int] = []
         for i in order:
             size = len(documents[i][0])

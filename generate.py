@@ -93,8 +93,8 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     probs, ids = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
     if top_k:
         probs[top_k:] = 0
-    # A token stays while those likelier than it sum to less than top_p: the smallest set that reaches it.
-    probs[probs.cumsum(0) - probs >= top_p * probs.sum()] = 0
+    if top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
+        probs[probs.cumsum(0) - probs >= top_p * probs.sum()] = 0
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
 
@@ -138,7 +138,7 @@ def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         if safe > shown:
             yield text[shown:safe]
             shown = safe
-    yield text[shown:]
+    yield text[shown:].rstrip("\ufffd")  # an answer that was cut inside a character ends before it
 
 
 def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], max_new_tokens: int, **sampling):
@@ -148,28 +148,38 @@ def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[
     return stream_text(tokens, tokenizer, template.stop)
 
 
+def read_json(path: Path) -> dict:
+    """What the file holds; nothing if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+
+
 def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
     """The model, tokenizer and template that the flags and the run's own run.json name."""
     run_folder = Path(config.adapter or config.model or TINY)
-    run = {}
-    if (run_folder / "run.json").is_file():
-        run = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-    base = config.model
-    if base is None and config.adapter:
+    if config.adapter and not (run_folder / "adapter_config.json").is_file():
         if (run_folder / "config.json").is_file():
             raise DataError(f"{run_folder} holds a whole model, not an adapter: pass it as --model")
-        base = run.get("base_model")
-        if base is None and (run_folder / "adapter_config.json").is_file():
-            base = json.loads((run_folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base is not None and not Path(base).is_dir():
+        raise DataError(f"no adapter in {run_folder}: adapter_config.json is missing")
+    run, base = read_json(run_folder / "run.json"), config.model
+    if base is None and config.adapter:
+        base = run.get("base_model") or read_json(run_folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise DataError(f"the adapter in {run_folder} does not say which model it is for: name that with --model")
+        if not Path(base).is_dir():
             raise DataError(f"the adapter in {run_folder} was trained on {base}, which is not here: name its place with --model")
-    base = Path(base or (run_folder if config.adapter else TINY))
+    base = Path(base or TINY)
 
     device = pick_device(config.device)
     folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
     template = pick_template(config.template or run.get("template", "llama2"))
     model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device))
+    pieces, known = tokenizer.vocab_size, model.config.vocab_size
+    if pieces > known:
+        raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
     if config.adapter:
         load_adapter(model, config.adapter, partial(from_hf, config=model.config))
     return model.eval(), tokenizer, template

@@ -172,6 +172,9 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
         raise LoRAError(f"no adapter in {path}: {Path(error.filename or 'adapter_model.safetensors').name} is missing") from None
     except (ValueError, SafetensorError) as error:
         raise LoRAError(f"the adapter in {path} cannot be read, it may be cut short: {error}") from None
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config, dict) or field not in config:
+            raise LoRAError(f"{path / 'adapter_config.json'} lacks {field}")
     unsupported = {
         "peft_type": config.get("peft_type") != "LORA",
         "use_dora": config.get("use_dora", False),
@@ -188,8 +191,16 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
         if name.endswith(".base_layer.weight"):  # PEFT adds a copy of the frozen embedding when that has an adapter
             continue
         name = name.removeprefix("base_model.model.").replace("lora_embedding_", "lora_")
-        name, tensor = from_hf(name if name.endswith(".weight") else f"{name}.weight", tensor)
-        tensors[name.removesuffix(".weight")] = tensor
+        name = name.removesuffix(".weight")
+        if not name.endswith((".lora_A", ".lora_B")):  # whole weights, or another method's
+            raise LoRAError(f"{path / 'adapter_model.safetensors'}: {name} is not plain LoRA")
+        try:
+            ours, tensor = from_hf(f"{name}.weight", tensor)
+        except RuntimeError:  # no whole heads to reorder
+            raise LoRAError(f"the adapter in {path}: {name} is {tuple(tensor.shape)}; another base model?") from None
+        tensors[ours.removesuffix(".weight")] = tensor
+    if not tensors:
+        raise LoRAError(f"{path / 'adapter_model.safetensors'} holds no adapter")
     return config, tensors
 
 

@@ -272,10 +272,11 @@ def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chu
     def loss_of(hidden, labels):
         return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
-    total = hidden.sum() * 0.0  # ties the loss to the weights even when nothing is supervised, which DDP needs
-    for start in range(0, len(labels), chunk):
+    total = 0.0
+    # Without labels there is one empty chunk: the loss is 0 and every gradient zero, the head's too, not absent. DDP needs that.
+    for start in range(0, max(len(labels), 1), chunk):
         total = total + checkpoint(loss_of, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)
-    return total.float()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,9 +344,12 @@ def read_config(path) -> ModelConfig:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds a {type(fields).__name__}, not named fields")
+    return fields
 
 
 def _meta_config(folder: Path) -> ModelConfig:
@@ -368,6 +372,8 @@ def _meta_config(folder: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{folder / 'params.json'} or its weights lack {error}") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder / 'params.json'} has a field that is not a size: {error}") from None
 
 
 def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
@@ -392,7 +398,8 @@ def _hf_config(path: Path) -> ModelConfig:
     }
     for field, bad in refused.items():
         if bad:
-            raise CheckpointError(f"{path}: {field} = {p.get(field)!r} is not Llama 2's, and this model does not have it")
+            found = rope if field == "rope_scaling" else p.get(field)
+            raise CheckpointError(f"{path}: {field} = {found!r} is not Llama 2's, and this model does not have it")
     try:
         config = ModelConfig(
             dim=p["hidden_size"],
@@ -407,6 +414,8 @@ def _hf_config(path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}") from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} has a field that is not a size: {error}") from None
     if p.get("head_dim") not in (None, config.head_dim):
         raise CheckpointError(f"{path}: head_dim {p['head_dim']} is not hidden_size / num_attention_heads = {config.head_dim}")
     return config
@@ -415,7 +424,7 @@ def _hf_config(path: Path) -> ModelConfig:
 def _open_torch(path: Path) -> dict[str, torch.Tensor]:
     """A .pth or .bin as a dictionary of tensors, memory-mapped. weights_only: a pickle can run any code, so none is let run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except pickle.UnpicklingError as error:
@@ -424,7 +433,14 @@ def _open_torch(path: Path) -> dict[str, torch.Tensor]:
         why = "it holds code, not only tensors, and was not run" if refused else "it is cut short or is no checkpoint"
         raise CheckpointError(f"{path} cannot be read: {why}") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read, it may be cut short: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or "it is empty").splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read, it may be cut short: {reason}") from None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} holds a {type(tensors).__name__}, not named tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+    return tensors
 
 
 def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -455,7 +471,10 @@ def _open_hf(folder: Path) -> dict:
     """Every tensor of a Hugging Face folder by its name there, as a function that reads it."""
     for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index_name).is_file():
-            files = sorted(set(_read_json(folder / index_name)["weight_map"].values()))
+            weight_map = _read_json(folder / index_name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{folder / index_name} has no weight_map of tensors to files")
+            files = sorted(set(weight_map.values()))
             break
     else:
         files = [f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()][:1]
@@ -501,7 +520,8 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
 
         def read(name):
             hf_name, reader = readers[name]
-            return from_hf(hf_name, reader(), config)[1]
+            tensor = reader()  # of a wrong shape, it may have no whole heads to reorder, and is refused below
+            return from_hf(hf_name, tensor, config)[1] if tensor.shape == shapes[name] else tensor
 
     missing, extra = sorted(shapes.keys() - found), sorted(found - shapes.keys())
     for what, names in (("lacks", missing), ("has unknown", extra)):

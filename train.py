@@ -113,35 +113,21 @@ class TrainConfig:
     overwrite: bool = False  # replace the run in output_dir
 
     def __post_init__(self):
-        at_least_one = (
-            "lora_rank",
-            "model_max_length",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-        )
-        not_negative = (
-            "max_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "save_steps",
-            "save_total_limit",
-            "eval_steps",
-            "samples",
-            "seed",
-        )
-        shares = ("lora_dropout", "eval_split", "warmup_ratio", "adam_beta1", "adam_beta2")
+        counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
+        not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed"
         for names, ok, need in (
-            (at_least_one, lambda x: x >= 1, "at least 1"),
+            (counts, lambda x: x >= 1, "at least 1"),
             (not_negative, lambda x: x >= 0, "0 or more"),
-            (shares, lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            (("num_train_epochs", "adam_epsilon", "lora_alpha"), lambda x: x > 0, "above 0"),
-            (("learning_rate",), lambda x: x is None or x >= 0, "0 or more"),
-            (("template",), lambda x: x is None or x in TEMPLATES, f"one of {', '.join(TEMPLATES)}"),
+            ("lora_dropout eval_split warmup_ratio adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+            ("num_train_epochs adam_epsilon lora_alpha", lambda x: x > 0, "above 0"),
+            ("learning_rate", lambda x: x is None or x >= 0, "0 or more"),
+            ("template", lambda x: x is None or x in TEMPLATES, f"one of {', '.join(TEMPLATES)}"),
         ):
-            for name in names:
+            for name in names.split():
                 if not ok(getattr(self, name)):
                     raise RunError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if len({Path(path).stem for path in self.eval_data}) < len(self.eval_data):
+            raise RunError("--eval_data names two files alike, and the log could not tell their losses apart: rename one")
         if self.eval_data and self.eval_split:
             raise RunError("--eval_data and --eval_split both name what is held out: give one")
         if self.resume and self.overwrite:
@@ -173,7 +159,9 @@ def complete(given: dict) -> TrainConfig:
                     f"--{name} {value}: the run in {folder} was started with {saved[name]}, and a resumed run is the same run"
                 )
         given = saved | given
-    elif "data" not in given:  # the embedded default brings held-out questions, and a control: ones that nobody can answer
+    elif (
+        not {"data", "eval_split"} & given.keys()
+    ):  # the embedded default brings held-out questions, and a control: ones that nobody can answer
         given = {"eval_data": (str(TINY / "held_out.jsonl"), str(TINY / "never_told.jsonl")), "exact_match": True} | given
     return TrainConfig(**given | {"output_dir": str(folder)})
 
@@ -415,11 +403,11 @@ def written_whole(folder: Path):
         temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(path)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+        flush_to_disk(folder.parent)  # the new name itself
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for a full disk
         free = shutil.disk_usage(folder.parent).free / 1e9
@@ -429,6 +417,15 @@ def written_whole(folder: Path):
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, would survive the machine losing power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -516,6 +513,7 @@ def plot_losses(folder: Path, rows: list[dict], say) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per supervised token", title=folder.name)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
 
 
 class Progress:
@@ -597,9 +595,7 @@ def train(config: TrainConfig) -> list[dict]:
             )
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        start, best = state["step"], state["best"]
-        logged = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        rows = [row for row in logged if row["step"] <= start and "eval_data" not in row]  # the others will be made again
+        start, best, rows = state["step"], state["best"], state["rows"]
         say(f"resumed after step {start}")
     workers.wait()  # nothing is written before every rank has found all in order
     if workers.rank == 0:
@@ -614,7 +610,7 @@ def train(config: TrainConfig) -> list[dict]:
     def save(name, step, **more):
         if workers.rank == 0:
             with written_whole(folder / name) as temporary:
-                state = {"weights": trained_weights(model), "step": step, "best": best, "processes": workers.world}
+                state = {"weights": trained_weights(model), "step": step, "best": best, "rows": rows, "processes": workers.world}
                 torch.save(state | more, temporary / "state.pt")
 
     def run_evaluation(step):

@@ -1,0 +1,748 @@
+"""Data: what a file may hold, what is refused and how, which tokens train, and that packing loses and mixes nothing."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from data import (
+    IGNORE,
+    PAD_ID,
+    TEMPLATES,
+    DataError,
+    PackedBatches,
+    Tokenizer,
+    encode_dialog,
+    encode_documents,
+    parse_flags,
+    read_dialogs,
+)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "Where is it?"}
+REPLY = {"role": "assistant", "content": "In Oakford."}
+ASK_AGAIN = {"role": "user", "content": "And who?"}
+REPLY_AGAIN = {"role": "assistant", "content": "Mira."}
+
+
+def shared(name: str) -> Path:
+    if not (SHARED / name).is_file():
+        pytest.skip(f"{name} is not beside the repository")
+    return SHARED / name
+
+
+@pytest.fixture
+def llama2_tokenizer():
+    return Tokenizer(shared("llama2_tokenizer.model"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, text or bytes) -> the path of the new file."""
+
+    def write(name: str, content) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def pairs(*dialogs) -> list[tuple[str, str]]:
+    """(prompt, reply) of dialogs of one turn, and proof that they are that."""
+    assert all([m["role"] for m in dialog] == ["user", "assistant"] for dialog in dialogs)
+    return [(dialog[0]["content"], dialog[1]["content"]) for dialog in dialogs]
+
+
+def refusal(path, **options) -> str:
+    with pytest.raises(DataError) as error:
+        list(read_dialogs(path, **options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_begin_and_end_tokens_are_added_only_when_asked_for(tokenizer):
+    ids = tokenizer.encode("Mira lives in Oakford.")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert not {1, 2} & set(ids)
+    assert tokenizer.encode("Mira lives in Oakford.", bos=True) == [1, *ids]
+    assert tokenizer.encode("Mira lives in Oakford.", eos=True) == [*ids, 2]
+    assert tokenizer.encode("", bos=True, eos=True) == [1, 2]
+
+
+def test_special_tokens_written_in_text_stay_text(tokenizer):
+    """A user who types </s> must not end the reply: the ids 1 and 2 never come out of text."""
+    assert not {1, 2} & set(tokenizer.encode("<s> hello </s>"))
+
+
+def test_an_unknown_character_becomes_its_bytes(tokenizer):
+    ids = tokenizer.encode("🙂")
+    assert tokenizer.pieces.id_to_piece(ids)[-4:] == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+    assert 0 not in ids  # never <unk>
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["words", "🙂👩‍👩‍👧 done", "a\tb\n\n\tc\n", "日本語と中文", "  two and two  ", "a\r\nb", "\0", "e\u0301 Å ﬁ", ""],
+)
+def test_text_comes_back_as_it_went_in(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+def test_an_id_beyond_the_pieces_writes_nothing(tokenizer):
+    """Many Hugging Face models have more rows than their tokenizer has pieces (a pad token, a round number), and may draw one."""
+    assert tokenizer.decode([*tokenizer.encode("Mira"), tokenizer.vocab_size, 10**6]) == "Mira"
+
+
+def test_a_tokenizer_that_is_missing_cut_short_or_something_else_is_a_data_error(tokenizer_file, tmp_path):
+    with pytest.raises(DataError, match=r"no tokenizer at .*absent.model"):
+        Tokenizer(tmp_path / "absent.model")
+    with pytest.raises(DataError, match="no tokenizer at"):
+        Tokenizer(tmp_path)
+    whole = tokenizer_file.read_bytes()
+    for name, content in {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"hello\n" * 50}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} is not a SentencePiece model, or it is cut short"):
+            Tokenizer(tmp_path / name)
+
+
+def test_llama_2_has_32000_pieces_and_its_ids_are_the_published_ones(llama2_tokenizer):
+    assert (llama2_tokenizer.vocab_size, llama2_tokenizer.bos_id, llama2_tokenizer.eos_id) == (32000, 1, 2)
+    assert llama2_tokenizer.encode("[INST] Hi [/INST]", bos=True) == [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
+    assert llama2_tokenizer.encode("🙂") == [29871, 243, 162, 156, 133]
+    for text in ("🙂 日本", "\ta\n\n b  c\n", " Ünï"):
+        assert llama2_tokenizer.decode(llama2_tokenizer.encode(text)) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates. What trains is compared with the literal text, id by id.
+
+
+def learned(ids, labels) -> list[int]:
+    """The supervised ids; and every label is either the id at its place or -100."""
+    assert len(ids) == len(labels)
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True))
+    return [label for label in labels if label != IGNORE]
+
+
+def test_llama2_trains_exactly_the_reply_and_its_end_token(tokenizer):
+    ids, labels = encode_dialog([ASK, REPLY], tokenizer, TEMPLATES["llama2"])
+    prompt = tokenizer.encode("[INST] Where is it? [/INST]", bos=True)
+    reply = [*tokenizer.encode("In Oakford. "), 2]
+    assert ids == prompt + reply
+    assert labels == [IGNORE] * len(prompt) + reply
+
+
+def test_llama2_writes_the_system_message_into_the_first_turn_and_begins_every_turn_anew(tokenizer):
+    dialog = [SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES["llama2"])
+    first = tokenizer.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere is it? [/INST]")
+    reply = tokenizer.encode("In Oakford. ")
+    second = tokenizer.encode("[INST] And who? [/INST]")
+    reply_again = tokenizer.encode("Mira. ")
+    assert ids == [1, *first, *reply, 2, 1, *second, *reply_again, 2]
+    assert learned(ids, labels) == [*reply, 2, *reply_again, 2]
+    assert tokenizer.decode(ids) == (
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere is it? [/INST] In Oakford.  [INST] And who? [/INST] Mira. "
+    )
+
+
+def test_llama2_ids_with_the_real_tokenizer_are_these(llama2_tokenizer):
+    ids, labels = encode_dialog([SYSTEM, {**ASK, "content": "Where?"}, REPLY, ASK_AGAIN], llama2_tokenizer, TEMPLATES["llama2"])
+    pieces = """<s> ▁[ INST ] ▁<< SY S >> <0x0A> Be ▁brief . <0x0A> < </ SY S >> <0x0A> <0x0A> Where ? ▁[ / INST ]
+    ▁In ▁Oak ford . ▁ </s> <s> ▁[ INST ] ▁And ▁who ? ▁[ / INST ]""".split()
+    assert llama2_tokenizer.pieces.id_to_piece(ids) == pieces
+    assert llama2_tokenizer.pieces.id_to_piece(learned(ids, labels)) == "▁In ▁Oak ford . ▁ </s>".split()
+
+
+def test_llama2_piece_by_piece_equals_tokenising_whole_turns_as_meta_does(llama2_tokenizer):
+    """Meta encodes "[INST] question [/INST] answer " in one go. Spans stay known here because prompt and reply are encoded
+    apart; on all of no_robots that gives the very same ids."""
+    compared = 0
+    for dialog in read_dialogs(shared("no_robots_test.jsonl")):
+        texts, system = [m["content"] for m in dialog if m["role"] != "system"], ""
+        if dialog[0]["role"] == "system":
+            system = f"<<SYS>>\n{dialog[0]['content']}\n<</SYS>>\n\n"
+        whole = []
+        for i in range(0, len(texts), 2):
+            turn = f"[INST] {system if i == 0 else ''}{texts[i]} [/INST] {texts[i + 1]} "
+            whole += llama2_tokenizer.encode(turn, bos=True, eos=True)
+        assert encode_dialog(dialog, llama2_tokenizer, TEMPLATES["llama2"])[0] == whole
+        compared += 1
+    assert compared == 500
+
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a town.\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a town.\n\n### Input:\nIt is near a river.\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize(("extra", "text"), [({}, ALPACA), ({"input": "It is near a river."}, ALPACA_WITH_INPUT)])
+def test_alpaca_writes_the_published_preamble_and_trains_the_reply(tokenizer, extra, text):
+    dialog = [{"role": "user", "content": "Name a town.", **extra}, REPLY]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES["alpaca"])
+    prompt, reply = tokenizer.encode(text, bos=True), tokenizer.encode("In Oakford.", eos=True)
+    assert ids == prompt + reply
+    assert labels == [IGNORE] * len(prompt) + reply
+    assert tokenizer.decode(ids) == text + " In Oakford."
+
+
+def test_alpaca_says_the_preamble_once_and_a_system_message_replaces_it(tokenizer):
+    ids, labels = encode_dialog([ASK, REPLY, ASK_AGAIN, REPLY_AGAIN], tokenizer, TEMPLATES["alpaca"])
+    reply, reply_again = tokenizer.encode("In Oakford."), tokenizer.encode("Mira.")
+    second = tokenizer.encode("### Instruction:\nAnd who?\n\n### Response:")
+    assert ids[-len(second + reply_again) - 1 :] == [*second, *reply_again, 2]
+    assert learned(ids, labels) == [*reply, 2, *reply_again, 2]
+    ids, _ = encode_dialog([SYSTEM, ASK], tokenizer, TEMPLATES["alpaca"])
+    assert ids == tokenizer.encode("Be brief.\n\n### Instruction:\nWhere is it?\n\n### Response:", bos=True)
+
+
+def test_plain_adds_nothing_but_begin_and_end(tokenizer):
+    ids, labels = encode_dialog([SYSTEM, ASK, REPLY], tokenizer, TEMPLATES["plain"])
+    prompt, reply = tokenizer.encode("Be brief.\n\nWhere is it?", bos=True), tokenizer.encode("In Oakford.", eos=True)
+    assert ids == prompt + reply
+    assert learned(ids, labels) == reply
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_raw_text_trains_every_token_whatever_the_template(tokenizer, template):
+    ids, labels = encode_dialog([{"role": "text", "content": "Mira mends clocks."}], tokenizer, TEMPLATES[template])
+    assert ids == labels == tokenizer.encode("Mira mends clocks.", bos=True, eos=True)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_reply_trains_with_its_end_token_and_nothing_else_does(tokenizer, template):
+    ids, labels = encode_dialog([SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN], tokenizer, TEMPLATES[template])
+    written = [TEMPLATES[template].assistant.format(assistant=m["content"]) for m in (REPLY, REPLY_AGAIN)]
+    assert learned(ids, labels) == [*tokenizer.encode(written[0]), 2, *tokenizer.encode(written[1]), 2]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_train_on_inputs_trains_the_prompt_as_well(tokenizer, template):
+    dialog = [SYSTEM, ASK, REPLY]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES[template], train_on_inputs=True)
+    assert labels == ids == encode_dialog(dialog, tokenizer, TEMPLATES[template])[0]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_of_generation_is_the_beginning_of_the_training_ids(tokenizer, template):
+    """A prompt at inference that is not the one trained is what users of the big libraries complain of most."""
+    dialog = [SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES[template])
+    prompt, nothing = encode_dialog(dialog[:-1], tokenizer, TEMPLATES[template])
+    assert ids[: len(prompt)] == prompt
+    assert labels[: len(prompt)] == nothing
+    assert labels[len(prompt) :] == ids[len(prompt) :]  # and what follows is all reply
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_braces_in_a_message_are_only_braces(tokenizer, template):
+    odd = "{system} {} {0} {user!r} %s {{x}}"
+    dialog = [{"role": "system", "content": odd}, {"role": "user", "content": odd, "input": odd}, {**REPLY, "content": odd}]
+    ids, _ = encode_dialog(dialog, tokenizer, TEMPLATES[template])
+    assert tokenizer.decode(ids).count(odd) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records that are right
+
+
+def test_messages_are_read_as_they_are(write):
+    dialog = [SYSTEM, ASK, REPLY, ASK_AGAIN]
+    record = {"prompt": "ignored", "prompt_id": "7", "messages": dialog, "category": "Chat"}  # no_robots
+    path = write("a.jsonl", json.dumps(record) + "\n" + json.dumps({"messages": [ASK, REPLY]}))
+    assert list(read_dialogs(path)) == [dialog, [ASK, REPLY]]
+
+
+SCHEMAS = [
+    ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, [("Add.", "3")], {"input": "1 and 2"}),
+    ({"instruction": "Hi", "input": "", "output": "Hello", "data_source": "x"}, [("Hi", "Hello")], {}),
+    ({"instruction": "Hi", "output": "Hello"}, [("Hi", "Hello")], {}),
+    ({"prompt": "Hi", "response": "Hello"}, [("Hi", "Hello")], {}),
+]
+
+
+@pytest.mark.parametrize(("record", "expected", "more"), SCHEMAS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_every_schema_is_recognised_in_every_kind_of_file(write, record, expected, more, kind):
+    content = {
+        "jsonl": json.dumps(record),
+        "json": json.dumps([record], indent=2),
+        "csv": ",".join(record) + "\n" + ",".join(record.values()) + "\n",
+    }[kind]
+    (dialog,) = read_dialogs(write(f"a.{kind}", content))
+    assert pairs(dialog) == expected
+    assert {name: text for name, text in dialog[0].items() if name not in ("role", "content")} == more
+
+
+def test_an_input_of_null_is_no_input(write):
+    (dialog,) = read_dialogs(write("a.jsonl", '{"instruction": "Hi", "input": null, "output": "Hello"}'))
+    assert dialog == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_record_of_text_is_raw_text(write, kind):
+    content = {"jsonl": '{"text": "Once."}', "json": '[{"text": "Once."}]', "csv": "text\nOnce.\n"}[kind]
+    assert list(read_dialogs(write(f"a.{kind}", content))) == [[{"role": "text", "content": "Once."}]]
+
+
+def test_a_text_file_is_a_document_a_paragraph(write):
+    path = write("a.txt", "\n\nOne line,\nand another.\n\n   \nSecond 日本.\n\n\nThird")
+    assert [d[0] for d in read_dialogs(path)] == [
+        {"role": "text", "content": text} for text in ("One line,\nand another.", "Second 日本.", "Third")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_source_and_target_name_any_two_columns(write, kind):
+    record = {"alpaca_prompt": "Hi", "A: b, c?": "Hello", "prompt": "no", "response": "no"}
+    content = {
+        "jsonl": json.dumps(record),
+        "json": json.dumps([record]),
+        "csv": 'alpaca_prompt,"A: b, c?",prompt,response\nHi,Hello,no,no\n',
+    }[kind]
+    dialogs = list(read_dialogs(write(f"a.{kind}", content), source="alpaca_prompt", target="A: b, c?"))
+    assert pairs(*dialogs) == [("Hi", "Hello")]
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_change_nothing(write):
+    """Files saved by Windows' editors: the mark is no part of the first name, and no carriage return is trained on."""
+    bom = b"\xef\xbb\xbf"
+    hi, bye = b'{"prompt": "Hi", "response": "Hello"}', b'{"prompt": "Bye", "response": "So long"}'
+    jsonl = write("a.jsonl", bom + b"\r\n" + hi + b"\r\n\r\n  \r\n" + bye + b"\r\n")
+    csv = write("a.csv", bom + b"prompt,response\r\nHi,Hello\r\n\r\nBye,So long\r\n")
+    listed = write("a.json", bom + b"[" + hi + b",\r\n" + bye + b"]\r\n")
+    for path in (jsonl, csv, listed):
+        assert pairs(*read_dialogs(path)) == [("Hi", "Hello"), ("Bye", "So long")]
+    txt = write("a.txt", bom + b"One line,\r\nand another.\r\n\r\nSecond.\r\n")
+    assert [d[0]["content"] for d in read_dialogs(txt)] == ["One line,\nand another.", "Second."]
+
+
+def test_a_quoted_csv_field_may_hold_newlines_commas_and_quotes(write):
+    path = write("a.csv", b'prompt,response\r\n"Two\r\nlines, and a ""word""",Yes\r\n"\n\nx",No\r\n')
+    assert pairs(*read_dialogs(path)) == [('Two\nlines, and a "word"', "Yes"), ("\n\nx", "No")]
+
+
+def test_a_csv_field_may_be_longer_than_csvs_own_limit(write):
+    path = write("a.csv", "prompt,response\nHi," + "x" * 200_000 + "\n")
+    assert len(next(iter(read_dialogs(path)))[1]["content"]) == 200_000
+
+
+def test_line_separators_of_unicode_do_not_cut_a_json_line(write):
+    path = write("a.jsonl", '{"prompt": "a\u2028b\u0085c", "response": "d"}\n')
+    assert pairs(*read_dialogs(path)) == [("a\u2028b\u0085c", "d")]
+
+
+def test_the_whole_of_no_robots_is_read():
+    dialogs = list(read_dialogs(shared("no_robots_test.jsonl")))
+    assert len(dialogs) == 500
+    assert all(dialog[-1]["role"] == "assistant" for dialog in dialogs)
+    assert {m["role"] for dialog in dialogs for m in dialog} == {"system", "user", "assistant"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records that are not: the message names the file, the line and the reason
+
+GOOD = '{"prompt": "Hi", "response": "Hello"}\n'
+
+
+def test_broken_json_is_named_with_its_line_and_the_records_before_it_are_fine(write):
+    path = write("a.jsonl", GOOD * 316 + '{"prompt": "Hi", "response": \n' + GOOD * 3)
+    message = refusal(path)
+    assert message.startswith(f"{path}, line 317: not JSON: ")
+    reader, read = read_dialogs(path), 0
+    with pytest.raises(DataError):
+        for _ in reader:
+            read += 1
+    assert read == 316
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("[1, 2]", "expected a record with named fields, found list"),
+        ("null", "expected a record with named fields, found NoneType"),
+        ('{"prompt": "Hi", "response": 3}', "field 'response' should hold text and holds int; fields here: prompt, response"),
+        ('{"prompt": null, "response": "x"}', "field 'prompt' should hold text and holds nothing"),
+        ('{"instruction": "Hi", "output": ["x"]}', "field 'output' should hold text and holds list"),
+        ('{"instruction": "Hi", "input": {"a": 1}, "output": "x"}', "field 'input' should hold text and holds dict"),
+        ('{"text": 1.5}', "field 'text' should hold text and holds float"),
+        ('{"instruction": "Hi"}', "no known fields among instruction: known are messages; instruction, input, output"),
+        ("{}", "no known fields among (none)"),
+        ('{"messages": "Hi"}', "field 'messages' should hold a list of messages and does not"),
+        ('{"messages": []}', "field 'messages' should hold a list of messages and does not"),
+        ('{"messages": ["Hi"]}', "message 1 has the role None, expected system or user"),
+        ('{"messages": [{"role": "user"}]}', "message 1 should hold text in 'content' and holds NoneType"),
+        ('{"messages": [{"role": "user", "content": null}]}', "message 1 should hold text in 'content' and holds NoneType"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "message 1 has the role 'assistant', expected system or user"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "a system message alone is no conversation"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1 has the role 'tool', expected system or user"),
+        ('{"prompt": "cut \\ud83d", "response": "x"}', "holds half a character, '\\ud83d'"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "holds half a character, '\\udc00'"),
+    ],
+)
+def test_a_malformed_record_is_refused_with_its_place_and_reason(write, record, reason):
+    path = write("a.jsonl", GOOD + record)
+    assert refusal(path).startswith(f"{path}, line 2: {reason}")
+    path = write("a.json", f"[{GOOD}, {record}]")
+    assert refusal(path).startswith(f"{path}, record 2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("roles", "bad", "expected"),
+    [
+        (["user", "user"], 2, "assistant"),
+        (["user", "assistant", "assistant"], 3, "user"),
+        (["system", "assistant"], 2, "user"),
+        (["user", "assistant", "system"], 3, "user"),
+        (["system", "system"], 2, "user"),
+    ],
+)
+def test_roles_out_of_order_are_refused_with_the_message_that_is_wrong(write, roles, bad, expected):
+    path = write("a.jsonl", json.dumps({"messages": [{"role": role, "content": "x"} for role in roles]}))
+    assert refusal(path) == f"{path}, line 1: message {bad} has the role {roles[bad - 1]!r}, expected {expected}"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_bytes_that_are_not_utf8_are_refused_with_their_line(write, kind):
+    first = {"jsonl": GOOD, "json": "[\n", "csv": "prompt,response\n", "txt": "One\n"}[kind].encode()
+    path = write(f"a.{kind}", first + b"caf\xe9 au lait\n")
+    assert refusal(path) == f"{path}, line 2: not UTF-8 text (invalid continuation byte at byte 3)"
+
+
+@pytest.mark.parametrize("row", ["Hi", "Hi,Hello,more"])
+def test_a_csv_row_that_is_too_short_or_too_long_is_refused_with_its_line(write, row):
+    path = write("a.csv", f"prompt,response\nHi,Hello\n{row}\nHi,Hello\n")
+    assert refusal(path) == f"{path}, line 3: expected 2 columns (prompt, response)"
+
+
+def test_a_quote_that_never_closes_is_refused_where_it_opens(write):
+    """An open quote swallows the rest of the file; the last line's number would help nobody find it."""
+    path = write("a.csv", 'prompt,response\nHi,Hello\n"Hi,Hello\n' + "Hi,Hello\n" * 100)
+    assert refusal(path).startswith(f"{path}, the record from line 3: not CSV: ")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_a_file_without_a_record_is_refused(write, kind):
+    empty = {"jsonl": " \n\n", "json": "[]", "csv": "prompt,response\n", "txt": "\n \n"}[kind]
+    path = write(f"a.{kind}", empty)
+    assert refusal(path) == f"{path} holds no record"
+    assert str(path) in refusal(write(f"b.{kind}", "").rename(path))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    assert refusal(path) == f"{path} cannot be read: No such file or directory"
+    path.mkdir()
+    assert refusal(path) == f"{path} cannot be read: Is a directory"
+
+
+def test_an_unknown_ending_is_refused_with_the_known_ones(write):
+    assert refusal(write("a.xlsx", "x")).endswith("unknown kind of file '.xlsx': known are .jsonl, .json, .csv, .txt")
+    assert "'(no ending)'" in refusal(write("a", "x"))
+
+
+def test_a_json_file_must_be_a_list(write):
+    path = write("a.json", GOOD)
+    assert refusal(path) == f"{path}: expected a list of records, found dict"
+    assert refusal(write("a.json", GOOD * 2)).startswith(f"{path} is not JSON: Extra data: line 2")  # JSONL under a wrong name
+
+
+def test_source_without_target_and_a_column_that_is_not_there_are_refused(write):
+    path = write("a.jsonl", GOOD)
+    assert "give both or neither" in refusal(path, source="prompt")
+    assert "give both or neither" in refusal(path, target="response")
+    message = refusal(path, source="question", target="response")
+    assert message == f"{path}, line 1: field 'question' should hold text and holds nothing; fields here: prompt, response"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def said(prompt: str, reply: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def test_a_long_document_is_cut_or_dropped_and_counted(tokenizer):
+    short, long = said("Hi", "Yes"), said("Hi", "The ferry leaves at nine. " * 10)
+    whole = encode_dialog(long, tokenizer, TEMPLATES["plain"])
+    length = len(encode_dialog(short, tokenizer, TEMPLATES["plain"])[0])
+    documents, fates = encode_documents([short, long], tokenizer, TEMPLATES["plain"], max_length=length)
+    assert fates == {"kept": 2, f"cut to {length} tokens": 1}
+    assert [len(ids) for ids, _ in documents] == [length, length]  # a document of exactly max_length is whole
+    for i in (0, 1):
+        assert documents[1][i].tolist() == whole[i][:length]
+        assert documents[1][i].dtype == np.int32
+
+    documents, fates = encode_documents([short, long], tokenizer, TEMPLATES["plain"], max_length=length, too_long="drop")
+    assert fates == {"kept": 1, f"dropped, longer than {length} tokens": 1}
+    assert documents[0][0].tolist() == encode_dialog(short, tokenizer, TEMPLATES["plain"])[0]
+
+
+def test_a_record_whose_reply_is_cut_away_whole_is_dropped_and_counted(tokenizer):
+    dialog = said("The ferry leaves at nine and returns before dark.", "Yes")
+    prompt = len(encode_dialog(dialog[:1], tokenizer, TEMPLATES["plain"])[0])
+    assert encode_documents([dialog], tokenizer, TEMPLATES["plain"], max_length=prompt) == (
+        [],
+        {f"dropped, reply begins after {prompt} tokens": 1},
+    )
+    ((_, labels),), fates = encode_documents([dialog], tokenizer, TEMPLATES["plain"], max_length=prompt + 1)
+    assert learned(labels, labels) == tokenizer.encode("Yes")[:1]  # one token of the reply is something to learn
+    assert fates["kept"] == 1
+    documents, _ = encode_documents([dialog], tokenizer, TEMPLATES["plain"], max_length=prompt, train_on_inputs=True)
+    assert len(documents) == 1  # where the prompt trains, it is enough
+
+
+def test_a_document_cut_to_its_begin_token_predicts_nothing_and_is_dropped(tokenizer):
+    documents, fates = encode_documents([[{"role": "text", "content": "Once."}]], tokenizer, TEMPLATES["plain"], max_length=1)
+    assert (documents, fates) == ([], {"dropped, reply begins after 1 tokens": 1})
+
+
+def test_an_empty_reply_is_dropped_and_counted(tokenizer):
+    dialogs = [said("Hi", ""), said("Hi", " \n"), said("Hi", "Yes"), [{"role": "text", "content": "  "}]]
+    documents, fates = encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], max_length=100)
+    assert (len(documents), fates) == (1, {"kept": 1, "dropped, no reply": 3})
+
+
+def test_an_unanswered_last_turn_is_left_off(tokenizer):
+    whole, _ = encode_documents([[ASK, REPLY]], tokenizer, TEMPLATES["llama2"], max_length=100)
+    asked, fates = encode_documents([[ASK, REPLY, ASK_AGAIN]], tokenizer, TEMPLATES["llama2"], max_length=100)
+    assert [part.tolist() for part in asked[0]] == [part.tolist() for part in whole[0]]
+    assert fates["kept"] == 1
+    documents, fates = encode_documents([[ASK], [SYSTEM, ASK]], tokenizer, TEMPLATES["llama2"], max_length=100)
+    assert (documents, fates) == ([], {"dropped, no reply": 2})
+
+
+def test_every_record_is_kept_or_counted_as_dropped():
+    tokenizer = Tokenizer(shared("llama2_tokenizer.model"))
+    for too_long in ("cut", "drop"):
+        documents, fates = encode_documents(
+            read_dialogs(shared("no_robots_test.jsonl")), tokenizer, TEMPLATES["llama2"], max_length=256, too_long=too_long
+        )
+        assert len(documents) == fates["kept"]
+        assert fates["kept"] + sum(n for fate, n in fates.items() if fate.startswith("dropped")) == 500
+        assert all(len(ids) <= 256 and any(labels[1:] != IGNORE) for ids, labels in documents)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def random_documents(n: int, longest: int, seed: int = 0) -> list:
+    """Every token of every document is different, so that wherever one lands it can be told whose it is; a random half trains."""
+    rng = np.random.default_rng(seed)
+    documents, first = [], 1
+    for size in rng.integers(2, longest + 1, n):
+        ids = np.arange(first, first + size, dtype=np.int32)
+        documents.append((ids, np.where(rng.random(size) < 0.5, ids, IGNORE).astype(np.int32)))
+        first += size
+    return documents
+
+
+def spans(batch) -> list[tuple[list[int], list[int]]]:
+    """(tokens, labels) between each two borders."""
+    borders = batch["cu_seqlens"].tolist()
+    return [(batch["tokens"][start:end].tolist(), batch["labels"][start:end].tolist()) for start, end in pairwise(borders)]
+
+
+def documents_of(batch) -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids, _ in spans(batch) if ids[0] != PAD_ID]
+
+
+@pytest.mark.parametrize(("n", "longest", "row"), [(300, 40, 64), (50, 64, 64), (1, 5, 8), (400, 3, 100)])
+def test_an_epoch_holds_every_document_once_and_whole(n, longest, row):
+    documents = random_documents(n, longest)
+    batches = PackedBatches(documents, row, seed=3)
+    for epoch in (0, 1):
+        seen = Counter(ids for i in range(len(batches)) for ids in documents_of(batches.batch(epoch, i)))
+        assert seen == Counter(tuple(ids.tolist()) for ids, _ in documents)
+
+
+def test_every_batch_has_the_same_shape_and_borders_from_0_to_the_end():
+    batches = PackedBatches(random_documents(100, 40), 64)
+    for index in range(len(batches) + 3):
+        batch = batches.batch(0, index)
+        assert {name: (x.dtype, x.dim()) for name, x in batch.items()} == {
+            "tokens": (torch.int64, 1),
+            "labels": (torch.int64, 1),
+            "cu_seqlens": (torch.int32, 1),
+        }
+        assert len(batch["tokens"]) == len(batch["labels"]) == 64
+        borders = batch["cu_seqlens"].tolist()
+        assert borders[0] == 0 and borders[-1] == 64
+        assert borders == sorted(set(borders))  # no document is empty
+
+
+def test_labels_are_the_next_token_of_the_same_document_and_never_of_the_next_one():
+    documents = random_documents(200, 30)
+    known = {tuple(ids.tolist()): labels.tolist() for ids, labels in documents}
+    batches = PackedBatches(documents, 64)
+    for index in range(len(batches)):
+        for ids, labels in spans(batches.batch(0, index)):
+            if ids[0] == PAD_ID:  # the tail: nothing but padding, nothing to learn
+                assert set(ids) == {PAD_ID} and set(labels) == {IGNORE}
+            else:
+                assert labels == [*known[tuple(ids)][1:], IGNORE]
+
+
+def test_a_row_that_is_full_has_no_tail():
+    documents = [(np.arange(1, 5), np.arange(1, 5)), (np.arange(5, 9), np.arange(5, 9))]
+    batch = PackedBatches(documents, 8, shuffle=False).batch(0, 0)
+    assert batch["cu_seqlens"].tolist() == [0, 4, 8]
+    assert batch["tokens"].tolist() == list(range(1, 9))
+    assert batch["labels"].tolist() == [2, 3, 4, IGNORE, 6, 7, 8, IGNORE]
+
+
+def test_past_the_last_row_a_batch_is_empty_but_shaped_alike():
+    batches = PackedBatches(random_documents(20, 20), 32)
+    batch = batches.batch(0, len(batches))
+    assert set(batch["tokens"].tolist()) == {PAD_ID}
+    assert set(batch["labels"].tolist()) == {IGNORE}
+    assert batch["cu_seqlens"].tolist() == [0, 32]
+
+
+def rows(batches, epoch: int) -> list[tuple[int, ...]]:
+    return [tuple(batches.batch(epoch, i)["tokens"].tolist()) for i in range(len(batches))]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_epoch():
+    """Asked for out of order, twice, or by another process, a batch is the same: what an exact resume rests on."""
+    documents = random_documents(200, 30)
+    one, two = PackedBatches(documents, 64, seed=5), PackedBatches(documents, 64, seed=5)
+    epoch_1 = rows(one, 1)
+    assert rows(two, 0) == rows(one, 0)
+    assert [tuple(two.batch(1, i)["tokens"].tolist()) for i in reversed(range(len(two)))] == epoch_1[::-1]
+    assert rows(PackedBatches(documents, 64, seed=6), 1) != epoch_1
+
+
+def test_epochs_differ_in_order_only():
+    batches = PackedBatches(random_documents(200, 30), 64, seed=5)
+    first, second, third = (rows(batches, epoch) for epoch in range(3))
+    assert first != second != third != first
+    assert sorted(first) == sorted(second) == sorted(third)
+
+
+def test_without_shuffle_documents_stay_in_order_in_every_epoch():
+    documents = [(np.full(8, i), np.full(8, i)) for i in range(1, 6)]
+    batches = PackedBatches(documents, 8, shuffle=False)
+    assert [row[0] for row in rows(batches, 0)] == [row[0] for row in rows(batches, 7)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_ranks_together_read_every_row_once(world):
+    """Rank r takes rows r, r + world, ...; past the end it gets empty rows, so that all ranks do the same number of steps."""
+    batches = PackedBatches(random_documents(200, 30), 64)
+    steps = -(-len(batches) // world)
+    read = [tuple(batches.batch(2, step * world + rank)["tokens"].tolist()) for rank in range(world) for step in range(steps)]
+    real = [row for row in read if any(row)]
+    assert len(read) - len(real) == steps * world - len(batches)
+    assert sorted(real) == sorted(rows(batches, 2))
+
+
+@pytest.mark.parametrize(("length", "claimed"), [(512, 0.96), (2048, 0.98)])
+def test_real_rows_are_as_full_as_the_comment_in_packed_batches_says(llama2_tokenizer, length, claimed):
+    dialogs = read_dialogs(shared("no_robots_test.jsonl"))
+    documents, _ = encode_documents(dialogs, llama2_tokenizer, TEMPLATES["llama2"], max_length=length)
+    batches = PackedBatches(documents, length)
+    assert sum(len(ids) for ids, _ in documents) / (len(batches) * length) == pytest.approx(claimed, abs=0.005)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass(frozen=True)
+class Flags:
+    # First group
+    steps: int = 10  # how many, 100 % of them
+    rate: float | None = None  # how fast
+    resume: bool = False  # go on
+    # Second group
+    dtype: Literal["auto", "bf16"] = "auto"  # number format
+    data: tuple[str, ...] = ()  # files
+    name: str | None = None
+
+
+def flags(*argv: str) -> dict:
+    return parse_flags(Flags, "A test.", list(argv))
+
+
+def complaint(capsys, *argv: str) -> str:
+    """The one line on stderr that bad flags end in, with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        flags(*argv)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def test_only_the_flags_that_were_given_come_back_with_their_types():
+    assert flags() == {}
+    assert flags("--steps", "3", "--rate=1e-4", "--dtype", "bf16", "--data", "a", "b", "--name", "x y") == {
+        "steps": 3,
+        "rate": 1e-4,
+        "dtype": "bf16",
+        "data": ["a", "b"],
+        "name": "x y",
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--resume"], True),
+        (["--resume", "True"], True),
+        (["--resume", "False"], False),
+        (["--resume=false"], False),
+        (["--resume", "--steps", "3"], True),
+    ],
+)
+def test_a_switch_reads_alone_or_with_true_or_false(argv, value):
+    """argparse's own type=bool makes `--resume False` true: any text that is not empty is."""
+    assert flags(*argv)["resume"] is value
+
+
+def test_bad_flags_end_with_code_2_and_one_line_that_says_what_is_known(capsys):
+    assert "unknown argument --step, did you mean --steps?" in complaint(capsys, "--step", "3")
+    assert "unknown argument --stpes=3, did you mean --steps?" in complaint(capsys, "--stpes=3")
+    assert "unknown argument --zzz (" in complaint(capsys, "--zzz")
+    assert "unknown argument stray" in complaint(capsys, "--steps", "3", "stray")
+    message = complaint(capsys, "--dtype", "fp8")
+    assert "--dtype" in message and "fp8" in message and "auto" in message and "bf16" in message
+    assert "--steps: invalid int value: '1.5'" in complaint(capsys, "--steps", "1.5")
+    assert "--rate: invalid float value: 'fast'" in complaint(capsys, "--rate", "fast")
+    assert "'maybe' is neither True nor False" in complaint(capsys, "--resume", "maybe")
+    assert "--name: expected one argument" in complaint(capsys, "--name")
+
+
+def test_help_shows_every_fields_comment_default_and_group(capsys):
+    with pytest.raises(SystemExit) as ended:
+        flags("--help")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for shown in ("A test.", "First group", "Second group", "how many, 100 % of them [10]", "how fast", "go on [False]"):
+        assert shown in text
+    assert "number format [auto]" in text and "{auto,bf16}" in text and "--name" in text

@@ -1,0 +1,440 @@
+"""Generation: the tokens are the right ones, the text is whole characters and ends where it should, a run's settings hold."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate as generate_module
+from data import TEMPLATES, DataError, encode_dialog
+from generate import GenerateConfig, answer, generate, load, main, pick_device, pick_dtype, sample, stream_text
+from lora import LoRAError, add_lora, load_adapter, lora_parameters, save_adapter
+from model import CheckpointError, from_hf, load_model, save_hf, to_hf
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT = [1, 17, 4, 93, 58, 21]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_greedy_decoding_continues_as_transformers_did():
+    expected = json.loads((GOLDEN / "greedy.json").read_text())
+    model = load_model(GOLDEN / "model")
+    assert len(expected["tokens"]) == 64
+    assert list(generate(model, expected["prompt"], 64)) == expected["tokens"]
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_greedy_decoding_equals_transformers(tiny_llama, tmp_path, seed):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_llama(seed)
+    save_hf(model, tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).generate(
+        torch.tensor([PROMPT]), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0
+    )
+    assert list(generate(model, PROMPT, 64)) == theirs[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "textbook"])
+def test_the_cache_changes_no_token(tiny_llama, attention):
+    """Each token is also chosen by a full pass over all before it. A model that always says the same would prove nothing."""
+    model = tiny_llama(attention=attention)
+    tokens = list(generate(model, PROMPT, 40))
+    with torch.no_grad():
+        for n, token in enumerate(tokens):
+            assert token == int(model(torch.tensor(PROMPT + tokens[:n]))[-1].argmax())
+    assert len(set(tokens)) > 10
+
+
+def test_generate_stops_after_max_new_tokens_and_before_a_stop_id(tiny_llama):
+    model = tiny_llama()
+    tokens = list(generate(model, PROMPT, 20))
+    assert [list(generate(model, PROMPT, n)) for n in (1, 7)] == [tokens[:1], tokens[:7]]
+    stop = tokens[9]
+    assert list(generate(model, PROMPT, 20, stop_ids=(95, stop))) == tokens[: tokens.index(stop)]
+    assert list(generate(model, PROMPT, 20, stop_ids=(tokens[0],))) == []
+
+
+def test_an_answer_ends_at_the_window_and_a_prompt_that_fills_it_is_refused(tiny_llama):
+    model = tiny_llama(max_seq_len=len(PROMPT) + 3)
+    assert len(list(generate(model, PROMPT, 100))) == 3
+    assert len(list(generate(model, [*PROMPT, 5, 5], 100))) == 1
+    with pytest.raises(DataError, match=r"the prompt has 9 tokens and the model's window 9: nothing is left for an answer"):
+        next(generate(model, [*PROMPT, 5, 5, 5], 1))
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(tiny_llama):
+    model = tiny_llama()
+
+    def ask(seed):
+        return list(generate(model, PROMPT, 30, temperature=1.5, generator=torch.Generator().manual_seed(seed)))
+
+    assert ask(1) == ask(1)
+    assert ask(1) != ask(2)
+
+
+def test_between_two_tokens_gradients_are_as_they_were(tiny_llama):
+    """train.py asks for answers in the middle of training: inference mode must not outlive the step that makes a token."""
+    tokens = generate(tiny_llama(), PROMPT, 3)
+    next(tokens)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing
+
+# The probabilities are 0.4, 0.3, 0.15, 0.1, 0.05, in an order that is not theirs.
+PROBS = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
+
+
+def draw(n: int, temperature=1.0, top_k=0, top_p=1.0, logits=None) -> Counter:
+    generator = torch.Generator().manual_seed(0)
+    logits = PROBS.log() + 3 if logits is None else logits  # a constant changes no probability
+    return Counter(sample(logits, temperature, top_k, top_p, generator) for _ in range(n))
+
+
+def assert_drawn_from(counts: Counter, probs: torch.Tensor):
+    """Frequencies within four standard deviations. The seed is fixed: a pass now is a pass always."""
+    n = counts.total()
+    for token, p in enumerate(probs.tolist()):
+        assert abs(counts[token] - n * p) <= 4 * (n * p * (1 - p)) ** 0.5, (token, p, counts)
+
+
+def test_temperature_0_is_the_likeliest_token():
+    assert draw(20, temperature=0) == {1: 20}
+    assert draw(20, temperature=0, top_k=3, top_p=0.1) == {1: 20}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits(temperature):
+    expected = PROBS ** (1 / temperature)
+    assert_drawn_from(draw(4000, temperature), expected / expected.sum())
+
+
+@pytest.mark.parametrize(("k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (9, [0, 1, 2, 3, 4])])
+def test_top_k_keeps_the_k_likeliest_in_proportion(k, kept):
+    expected = torch.zeros(5)
+    expected[kept] = PROBS[kept] / PROBS[kept].sum()
+    assert_drawn_from(draw(3000, top_k=k), expected)
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(1e-9, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [0, 1, 3]), (0.96, [0, 1, 2, 3, 4])]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p_in_proportion(p, kept):
+    expected = torch.zeros(5)
+    expected[kept] = PROBS[kept] / PROBS[kept].sum()
+    assert_drawn_from(draw(3000, top_p=p), expected)
+
+
+def test_top_p_counts_within_what_top_k_left():
+    """Of 0.4, 0.3, 0.15 the first two are 0.82: with p 0.8 the third goes, though 0.7 of all would not have reached 0.8."""
+    assert set(draw(300, top_k=3, top_p=0.8)) == {1, 3}
+    assert set(draw(300, top_k=3, top_p=0.83)) == {0, 1, 3}
+
+
+def test_top_p_supports_equal_the_definition_on_random_logits():
+    for seed in range(5):
+        logits = torch.randn(12, generator=torch.Generator().manual_seed(seed)) * 2
+        probs = logits.softmax(0).tolist()
+        kept, mass = set(), 0.0
+        for token in sorted(range(12), key=lambda i: -probs[i]):
+            if mass < 0.7:
+                kept.add(token)
+            mass += probs[token]
+        assert set(draw(1000, top_p=0.7, logits=logits)) == kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def as_bytes(text: str) -> list[int]:
+    """Text as byte pieces alone, one token a byte: the pieces <0x00> to <0xFF> follow the three special ones."""
+    return [3 + byte for byte in text.encode()]
+
+
+TEXT = "I said: 🙂, 👩‍👩‍👧!\n\n日本 ok é\t end "
+
+
+@pytest.mark.parametrize("way", ["pieces", "bytes"])
+def test_streamed_text_is_the_whole_text_and_never_half_a_character(tokenizer, way):
+    ids = as_bytes(TEXT) if way == "bytes" else tokenizer.encode(TEXT)
+    parts = list(stream_text(iter(ids), tokenizer))
+    assert "".join(parts) == TEXT
+    assert not any("\ufffd" in part for part in parts)
+    assert len(parts) > 20  # it does stream
+
+
+def test_text_is_written_as_soon_as_its_character_is_whole(tokenizer):
+    ids, fed = as_bytes("a🙂b"), []
+    written = stream_text((fed.append(i) or i for i in ids), tokenizer)
+    assert [(next(written), len(fed)) for _ in range(3)] == [("a", 1), ("🙂", 5), ("b", 6)]
+
+
+@pytest.mark.parametrize("n", range(1, 5))
+def test_an_answer_cut_inside_a_character_ends_before_it(tokenizer, n):
+    assert "".join(stream_text(iter(as_bytes("ab🙂")[: 2 + n]), tokenizer)) == ("ab" if n < 4 else "ab🙂")
+
+
+def test_bytes_that_are_no_character_are_shown_as_such_and_stop_nothing(tokenizer):
+    parts = list(stream_text(iter([*as_bytes("a"), 3 + 0xFF, *as_bytes("b")]), tokenizer))
+    assert "".join(parts) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("way", ["pieces", "bytes"])
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("Yes.\n\n### Instruction:\nMore", ("### Instruction:",), "Yes.\n\n"),
+        ("Yes.### Instruction:", ("### Instruction:",), "Yes."),
+        ("### Instruction: Yes.", ("### Instruction:",), ""),
+        ("A ### B #### Instruction: C", ("### Instruction:",), "A ### B #"),  # false starts are text
+        ("A ### Instr", ("### Instruction:",), "A ### Instr"),  # so is a start that the stream ends on
+        ("one two three", ("three", "two"), "one "),  # the first to appear, not the first named
+        ("an instruction", ("ion", "ruct"), "an inst"),  # one token may complete both
+        ("日本🙂本", ("🙂",), "日本"),
+        ("aaab", ("aab",), "a"),
+        ("no stop here", (), "no stop here"),
+    ],
+)
+def test_text_ends_before_a_stop_string_however_the_tokens_cut_it(tokenizer, way, text, stop, shown):
+    ids = as_bytes(text) if way == "bytes" else tokenizer.encode(text)
+    assert "".join(stream_text(iter(ids), tokenizer, stop)) == shown
+
+
+def test_nothing_is_generated_after_a_stop_string(tokenizer):
+    ids, fed = as_bytes("Yes.###" + "x" * 50), []
+    list(stream_text((fed.append(i) or i for i in ids), tokenizer, ("###",)))
+    assert len(fed) == len("Yes.###")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(tokenizer, monkeypatch, template):
+    """The model is stood in for by one that replies exactly what training would have it reply."""
+    reply = "  def f():\n\treturn 1\n"
+    dialog = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Code?"}]
+    trained, _ = encode_dialog([*dialog, {"role": "assistant", "content": reply}], tokenizer, TEMPLATES[template])
+
+    def stand_in(model, prompt, max_new_tokens, *, stop_ids, temperature):
+        assert trained[: len(prompt)] == prompt
+        assert (max_new_tokens, stop_ids, temperature) == (9, (2,), 0.5)
+        yield from (token for token in trained[len(prompt) :] if token not in stop_ids)
+
+    monkeypatch.setattr(generate_module, "generate", stand_in)
+    text = "".join(answer(None, tokenizer, TEMPLATES[template], dialog, 9, temperature=0.5))
+    assert text == TEMPLATES[template].assistant.format(assistant=reply)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.fixture
+def base(tiny_llama, tokenizer_file, tmp_path):
+    """A folder with a whole model and its tokenizer."""
+    folder = tmp_path / "base"
+    save_hf(tiny_llama(vocab_size=340), folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """The folder of a LoRA run over `base`: an adapter that changes the answers, and a run.json."""
+    options = {"rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False}
+    model = add_lora(load_model(base), **options)
+    torch.manual_seed(1)
+    for weight in lora_parameters(model).values():
+        weight.data.normal_(std=0.3)
+    folder = tmp_path / "run"
+    save_adapter(model, folder, partial(to_hf, config=model.config), base_model=str(base), **options)
+    (folder / "run.json").write_text(json.dumps({"base_model": str(base), "template": "alpaca"}))
+    return folder
+
+
+def config(**flags) -> GenerateConfig:
+    return GenerateConfig(**{"device": "cpu", **{name: str(value) for name, value in flags.items()}})
+
+
+def test_the_folder_of_a_full_run_knows_its_tokenizer_and_template(base):
+    assert load(config(model=base))[2] == TEMPLATES["llama2"]
+    (base / "run.json").write_text('{"template": "alpaca"}')
+    model, tokenizer, template = load(config(model=base))
+    assert template == TEMPLATES["alpaca"]
+    assert tokenizer.vocab_size == model.config.vocab_size == 340
+    assert not model.training
+    assert load(config(model=base, template="plain"))[2] == TEMPLATES["plain"]
+
+
+def test_the_folder_of_a_lora_run_knows_its_base_tokenizer_and_template(base, adapter):
+    model, _, template = load(config(adapter=adapter))
+    expected = load_adapter(load_model(base), adapter, partial(from_hf, config=model.config))
+    tokens = torch.tensor(PROMPT)
+    assert torch.equal(model(tokens), expected(tokens))
+    assert not torch.allclose(model(tokens), load_model(base)(tokens), atol=0.1)  # the control: the adapter does something
+    assert template == TEMPLATES["alpaca"]
+
+
+def test_an_adapter_of_peft_knows_its_base_without_a_run_json(adapter):
+    expected = load(config(adapter=adapter))[0](torch.tensor(PROMPT))
+    (adapter / "run.json").unlink()
+    model, _, template = load(config(adapter=adapter))
+    assert torch.equal(model(torch.tensor(PROMPT)), expected)
+    assert template == TEMPLATES["llama2"]
+
+
+def test_a_tokenizer_in_the_runs_folder_goes_before_the_bases(base, adapter, tokenizer_file):
+    (base / "tokenizer.model").write_text("broken")
+    with pytest.raises(DataError, match=r"base.*tokenizer.model is not a SentencePiece model"):
+        load(config(adapter=adapter))
+    (adapter / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    load(config(adapter=adapter))
+    (adapter / "tokenizer.model").write_text("broken")
+    load(config(adapter=adapter, tokenizer=tokenizer_file))  # and the one that is named before both
+
+
+def test_a_base_that_moved_is_named_and_model_says_where_it_is(base, adapter):
+    base.rename(base.with_name("moved"))
+    with pytest.raises(DataError, match=r"run was trained on .*base, which is not here: name its place with --model"):
+        load(config(adapter=adapter))
+    assert load(config(adapter=adapter, model=base.with_name("moved")))[2] == TEMPLATES["alpaca"]
+
+
+def test_an_adapter_that_names_no_base_is_refused(adapter):
+    (adapter / "run.json").unlink()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(DataError, match=r"run does not say which model it is for: name that with --model"):
+        load(config(adapter=adapter))
+
+
+def test_folders_that_are_not_what_they_are_passed_as_are_refused(base, adapter, tmp_path):
+    with pytest.raises(DataError, match=r"base holds a whole model, not an adapter: pass it as --model"):
+        load(config(adapter=base))
+    with pytest.raises(DataError, match=r"no adapter in .*absent: adapter_config.json is missing"):
+        load(config(adapter=tmp_path / "absent"))
+    with pytest.raises(DataError, match=r"no tokenizer at .*absent"):
+        load(config(model=tmp_path / "absent"))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"base has config.json but neither"):
+        load(config(model=base))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises((LoRAError, CheckpointError)):
+        load(config(adapter=adapter))
+
+
+@pytest.mark.parametrize("name", ["run.json", "adapter_config.json"])
+def test_a_settings_file_that_is_cut_short_is_refused_by_name(adapter, name):
+    (adapter / "run.json").write_text("{}")
+    (adapter / name).write_text('{"base_mod')
+    with pytest.raises(DataError, match=f"{name} cannot be read as JSON"):
+        load(config(adapter=adapter))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tokenizer_file, tmp_path):
+    save_hf(tiny_llama(), tmp_path)
+    with pytest.raises(DataError, match=r"the tokenizer has 340 tokens, the model in .* knows 96"):
+        load(config(model=tmp_path, tokenizer=tokenizer_file))
+
+
+def test_an_unknown_template_is_refused_with_the_known_ones(base):
+    with pytest.raises(DataError, match=r"unknown template 'chatml': known are llama2, alpaca, plain"):
+        load(config(model=base, template="chatml"))
+
+
+def test_auto_takes_what_the_machine_has(monkeypatch):
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_bf16=has_bf16, **_: has_bf16)
+        assert pick_dtype("auto", torch.device("cuda", 0)) == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(DataError, match="no CUDA device"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == torch.device("cuda:3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*argv) -> (exit code, stdout, stderr) of the program."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer):
+    argv = ("--model", base, "--prompt", "Where?", "--system", "Be brief.", "--max_new_tokens", 12, "--device", "cpu")
+    code, out, err = run(*argv)
+    prompt = tokenizer.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere? [/INST]", bos=True)
+    tokens = list(generate(load_model(base), prompt, 12, stop_ids=(2,)))
+    assert code == 0
+    assert out == "".join(stream_text(iter(tokens), tokenizer))
+    assert err.strip().startswith(f"[{len(tokens)} tokens, ")
+    warm = (*argv, "--temperature", 2)
+    assert run(*warm)[1] == run(*warm)[1] != run(*warm, "--seed", 1)[1]
+
+
+def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
+    monkeypatch.setattr(generate_module, "TINY", base)
+    assert run("--prompt", "Where?", "--max_new_tokens", 1)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], 'nothing to answer: pass --prompt "..."'),
+        (["--prompt", "x", "--model", "absent"], "no tokenizer at absent/tokenizer.model"),
+        (["--prompt", "x", "--adapter", "absent"], "no adapter in absent"),
+        (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature must be 0 or more, not -1.0"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature must be 0 or more, not nan"),
+        (["--prompt", "x", "--top_k", "-3"], "--top_k must be 0 or more, not -3"),
+        (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0 and at most 1, not 0.0"),
+        (["--prompt", "x", "--top_p", "1.1"], "--top_p must be above 0 and at most 1, not 1.1"),
+        (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--promt", "x"], "unknown argument --promt, did you mean --prompt?"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_one_line(run, argv, said):
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("generate.py: ") and err.count("\n") == 1
+    assert said in err
+
+
+def test_a_prompt_longer_than_the_window_ends_with_code_2_and_one_line(run, tiny_llama, tokenizer_file, tmp_path):
+    save_hf(tiny_llama(vocab_size=340, max_seq_len=16), tmp_path)
+    code, out, err = run("--model", tmp_path, "--tokenizer", tokenizer_file, "--prompt", "Where does Mira live?")
+    assert (code, out) == (2, "")
+    assert "the model's window 16" in err and err.count("\n") == 1
+
+
+def test_as_a_process_it_ends_the_same_way():
+    done = subprocess.run([sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'generate.py: nothing to answer: pass --prompt "..."\n'

@@ -1,0 +1,58 @@
+"""README.md: what it says can be checked, so it is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data import TEMPLATES, parse_flags
+from generate import GenerateConfig
+from train import TrainConfig, complete
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+
+
+def test_the_first_two_commands_are_those_that_ci_runs():
+    assert COMMANDS[:2] == [
+        "pip install -r requirements.txt && torchrun train.py --method lora",
+        "pip install -r requirements.txt && python -m pytest",
+    ]
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert all(part in ci for command in COMMANDS[:2] for part in command.replace("-r req", "-q -r req").split(" && "))
+
+
+def test_five_packages_are_enough():
+    lines = (REPOSITORY / "requirements.txt").read_text().split()
+    assert [re.split("[=>]", line)[0] for line in lines] == ["torch", "sentencepiece", "safetensors", "numpy", "pytest"]
+    assert lines[0] == "torch==2.13.0"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c or "generate.py" in c])
+def test_every_flag_of_every_command_exists(command):
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    arguments = words[words.index(script) + 1 :]
+    config = {"train.py": TrainConfig, "generate.py": GenerateConfig}[script]
+    given = parse_flags(config, "", arguments)
+    assert given and (config is GenerateConfig or complete(given))
+
+
+def test_the_line_counts_are_right():
+    rows = re.findall(r"\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README)
+    assert len(rows) >= 5
+    for name, lines in rows:
+        assert int(lines) == len((REPOSITORY / name).read_text().splitlines()), f"{name} has grown or shrunk: correct README.md"
+
+
+def test_every_file_it_links_to_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`((?:tests|tiny|benchmarks)/[\w.]+)`", README)
+    assert links
+    for link in links:
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_every_template_is_named():
+    assert all(f"`{name}`" in README for name in TEMPLATES)

@@ -1,0 +1,414 @@
+"""train.py: the step is right, a run is exact and can be resumed, and a user's mistake costs nothing."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_script
+from data import TEMPLATES, PackedBatches, encode_documents
+from generate import GenerateConfig, load
+from lora import load_adapter
+from model import from_hf, load_model, save_meta
+from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TIMES = ("tokens_per_second", "peak_memory_bytes")  # the only fields of a log that differ between equal runs
+
+
+@pytest.fixture
+def base(tmp_path, tiny_llama, tokenizer_file):
+    """A folder with a small random model and its tokenizer, and files of 30 and 6 records."""
+    save_meta(tiny_llama(vocab_size=340), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    words = "ferry nine dark Mira lives Oakford clocks mends returns leaves".split()
+    for name, count in (("data", 30), ("held", 6)):
+        records = [
+            {"prompt": f"Where {words[i % 10]}?", "response": " ".join(words[i % 7 : i % 7 + 1 + i % 4])} for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path
+
+
+def flags(base, run="run", **more):
+    given = {
+        "model": str(base / "base"),
+        "data": [str(base / "data.jsonl")],
+        "output_dir": str(base / run),
+        "model_max_length": 64,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "samples": 1,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+    }
+    return given | more
+
+
+def run(base, name="run", **more) -> list[dict]:
+    return without_times(train(complete(flags(base, name, **more))))
+
+
+def command(base, name="run", launcher=(sys.executable,), **more) -> list[str]:
+    words = [*launcher, str(REPOSITORY / "train.py")]
+    for flag, value in flags(base, name, **more).items():
+        words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def in_a_process(words, **how):
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, **how)
+
+
+def log_of(folder) -> list[dict]:
+    return without_times([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def losses(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def step_gradients(model, micro_batches):
+    """The gradients that one training_step leaves behind when neither clipping nor the optimizer touches them."""
+    config = TrainConfig(max_grad_norm=0.0)
+    optimizer = make_optimizer(config, model)
+    optimizer.step = lambda: None
+    optimizer.zero_grad = lambda **_: None
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    workers = Workers(torch.device("cpu"))
+    loss, *_ = training_step(
+        config, model, optimizer, scaler, micro_batches, 0.0, workers, partial(torch.autocast, "cpu", enabled=False)
+    )
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return loss, gradients
+
+
+def ragged_documents(base, tokenizer):
+    dialogs = [
+        [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "ferry " * n}] for n in (1, 9, 2, 3, 7, 1, 1, 5)
+    ]
+    return encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], max_length=64)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def test_accumulated_gradients_equal_those_of_one_big_batch(base, tiny_llama, tokenizer):
+    documents = ragged_documents(base, tokenizer)
+    model = tiny_llama(vocab_size=340)
+    small, big = PackedBatches(documents, 64, shuffle=False), PackedBatches(documents, 64 * 8, shuffle=False)
+    assert len(small) > 2 and len(big) == 1
+    parts = [small.batch(0, i) for i in range(len(small))]
+    counts = {int((part["labels"] >= 0).sum()) for part in parts}
+    assert len(counts) > 1  # ragged: with equal counts a mean of means would be right as well
+    loss, accumulated = step_gradients(model, parts)
+    whole_loss, whole = step_gradients(model, [big.batch(0, 0)])
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    for a, b in zip(accumulated, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    # The control: the mean of the micro-batches' own means is another number.
+    means = [float(model(**part).detach()) / int((part["labels"] >= 0).sum()) for part in parts]
+    assert abs(sum(means) / len(means) - whole_loss) > 1e-3
+
+
+def test_packed_gradients_equal_those_of_one_document_at_a_time(base, tiny_llama, tokenizer):
+    documents = ragged_documents(base, tokenizer)
+    model = tiny_llama(vocab_size=340)
+    packed = PackedBatches(documents, 64 * 8, shuffle=False)
+    alone = [PackedBatches([document], len(document[0]), shuffle=False).batch(0, 0) for document in documents]
+    loss, gradients = step_gradients(model, [packed.batch(0, 0)])
+    alone_loss, alone_gradients = step_gradients(model, alone)
+    assert loss == pytest.approx(alone_loss, rel=1e-6)
+    for a, b in zip(gradients, alone_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate_rises_over_the_warm_up_then_follows_its_schedule():
+    def rates(**settings):
+        return [learning_rate(TrainConfig(warmup_ratio=0.2, **settings), step, 10, 1.0) for step in range(10)]
+
+    assert rates(lr_scheduler_type="constant") == [0.5] + [1.0] * 9
+    assert rates(lr_scheduler_type="linear") == pytest.approx([0.5, 1, *(1 - k / 8 for k in range(8))])
+    assert rates(lr_scheduler_type="cosine") == pytest.approx([0.5, 1, *((1 + math.cos(math.pi * k / 8)) / 2 for k in range(8))])
+
+
+def test_default_learning_rate_is_the_usual_one_for_7b_and_grows_as_models_get_narrower():
+    assert train_script.peak_learning_rate(TrainConfig(method="lora"), 4096) == 2e-4
+    assert train_script.peak_learning_rate(TrainConfig(method="full"), 4096) == 2e-5
+    assert train_script.peak_learning_rate(TrainConfig(method="full"), 1024) == 8e-5
+    assert train_script.peak_learning_rate(TrainConfig(learning_rate=3e-4), 1024) == 3e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_learns_and_with_a_learning_rate_of_zero_it_does_not(base, method):
+    more = {"method": method, "max_steps": 25, "save_steps": 0, "eval_data": [str(base / "held.jsonl")]}
+    learned, control = (
+        [row["eval_held_loss"] for row in run(base, name, **more | {"learning_rate": rate}) if "eval_held_loss" in row]
+        for name, rate in (("learns", 1e-2), ("control", 0.0))
+    )
+    assert learned[-1] < learned[0] - 1
+    assert control[-1] == control[0] == learned[0]
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(base):
+    one, same, other = (losses(run(base, name, seed=seed, save_steps=0)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert one == same
+    assert one != other
+
+
+def test_gradient_checkpointing_changes_no_loss(base):
+    plain = losses(run(base, "plain", save_steps=0))
+    assert losses(run(base, "checkpointed", save_steps=0, gradient_checkpointing=True)) == pytest.approx(plain, rel=1e-6)
+
+
+def test_textbook_attention_gives_the_same_losses(base):
+    fused = losses(run(base, "fused", save_steps=0))
+    assert losses(run(base, "textbook", save_steps=0, attention="textbook")) == pytest.approx(fused, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bf16"), ("full", "bf16"), ("lora", "fp16"), ("full", "fp16")])
+def test_16_bit_runs_stay_near_the_fp32_run(base, method, dtype):
+    exact = losses(run(base, "exact", method=method, save_steps=0))
+    near = losses(run(base, "near", method=method, dtype=dtype, save_steps=0))
+    assert near == pytest.approx(exact, rel=0.03) and near != exact
+
+
+def test_the_folder_of_a_run_holds_all_that_was_promised(base):
+    run(base, eval_split=0.2, exact_match=True)
+    folder = base / "run"
+    settings = json.loads((folder / "run.json").read_text())
+    assert settings["template"] == "llama2" and settings["base_model"] == str(base / "base")
+    assert settings["settings"]["model_max_length"] == 64 and settings["versions"]["torch"] == torch.__version__
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    keys = ("step", "epoch", "loss", "learning_rate", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
+    assert len(steps) == 6 and all(row.keys() == set(keys) for row in steps)
+    assert [row["step"] for row in rows if "eval_held_out_loss" in row] == [0, 6]
+    assert {"exact_match_before", "exact_match_after"} <= rows[-1].keys()
+    samples = (folder / "samples.md").read_text()
+    assert all(word in samples for word in ("**user:**", "- reference:", "- before:", "- after:"))
+    assert (folder / "tokenizer.model").read_bytes() == (base / "base" / "tokenizer.model").read_bytes()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_only_the_newest_checkpoints_are_kept(base):
+    run(base, save_total_limit=2)
+    assert sorted(path.name for path in (base / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_full_run_saves_the_model_it_trained_and_generate_finds_its_template(base):
+    run(base, method="full", template="plain")
+    model, _, template = load(GenerateConfig(model=str(base / "run"), device="cpu"))
+    assert template == TEMPLATES["plain"]
+    state = torch.load(base / "run" / "checkpoint-6" / "state.pt", weights_only=True)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, state["weights"][name])
+
+
+def test_generate_finds_the_base_and_the_adapter_of_a_lora_run(base):
+    run(base)
+    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    state = torch.load(base / "run" / "checkpoint-6" / "state.pt", weights_only=True)
+    own = dict(model.named_parameters())
+    assert len(state["weights"]) == 2 * 7 * 2  # A and B of seven linears in two layers
+    assert all(torch.equal(own[name], weight) for name, weight in state["weights"].items())
+
+
+def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
+    told = iter([5.0, 4.0, 3.0, 3.5, 6.0])  # the held-out loss after steps 0, 2, 4, 6, 8
+    monkeypatch.setattr(train_script, "evaluate", lambda *_: next(told))
+    run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, max_steps=8, load_best_model_at_end=True)
+    best = torch.load(base / "run" / "best" / "state.pt", weights_only=True)
+    assert best["step"] == 4 and best["best"] == 3.0
+    model = load_adapter(load_model(base / "base"), base / "run", partial(from_hf, config=load_model(base / "base").config))
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name], weight) for name, weight in best["weights"].items())
+    last = torch.load(base / "run" / "checkpoint-8" / "state.pt", weights_only=True)
+    assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness: resuming, and more than one process
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base, method):
+    more = {"method": method, "max_steps": 16, "lora_dropout": 0.1, "eval_data": [str(base / "held.jsonl")], "eval_steps": 3}
+    whole = run(base, "whole", **more)
+    with subprocess.Popen(command(base, "killed", **more), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 100
+        while not (base / "killed" / "checkpoint-4").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert 4 <= log_of(base / "killed")[-1]["step"] < 16
+    (base / "killed" / "checkpoint-98.tmp").mkdir()  # what a kill in the middle of a save leaves
+    resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "killed")})))
+    assert resumed == whole == log_of(base / "killed")
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    assert (base / "killed" / name).read_bytes() == (base / "whole" / name).read_bytes()
+
+
+def test_two_processes_give_the_losses_of_one_with_the_same_rows(base):
+    """The last step of an epoch has a row for one of the two only: the other must still take part."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    more = {"max_steps": 0, "num_train_epochs": 3, "save_steps": 0, "eval_data": [str(base / "held.jsonl")]}
+    result = in_a_process(command(base, "two", launcher=launcher, **more))
+    assert result.returncode == 0, result.stderr
+    one = run(base, "one", gradient_accumulation_steps=2, **more)
+    two = log_of(base / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    assert [row.get("supervised_tokens") for row in one] == [row.get("supervised_tokens") for row in two]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    documents = 30 * 3
+    assert documents and json.loads((base / "two" / "run.json").read_text())["processes"] == 2
+
+
+def test_a_resumed_run_is_the_same_run_or_refused(base):
+    run(base)
+    with pytest.raises(RunError, match=r"--seed 7: the run in .* was started with 42"):
+        complete({"resume": True, "output_dir": str(base / "run"), "seed": 7})
+    with pytest.raises(RunError, match="nothing to resume"):
+        complete({"resume": True, "output_dir": str(base / "nowhere")})
+    again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
+    assert again.logging_steps == 3 and again.model_max_length == 64
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
+    run(base)
+    held = {path: path.read_bytes() for path in (base / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="already holds a run: --resume goes on with it, --overwrite replaces it"):
+        run(base)
+    with pytest.raises(ValueError, match="no tokenizer"):  # a mistake beside --overwrite costs nothing either
+        run(base, overwrite=True, tokenizer="/nowhere")
+    assert held == {path: path.read_bytes() for path in (base / "run").rglob("*") if path.is_file()}
+    assert losses(run(base, overwrite=True, seed=1)) == losses(log_of(base / "run"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(base):
+    with pytest.raises(RunError, match=r"the (loss|gradient) is (nan|inf); the last checkpoint stands"):
+        run(base, learning_rate=1e18, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0, max_steps=20)
+    newest = train_script.checkpoints(base / "run")[-1]
+    assert torch.load(newest / "state.pt", weights_only=True)["step"] >= 1
+    assert not (base / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(base):
+    """The limit on a file's size stands for the full disk: the system refuses to write past it, in the middle of the file."""
+    run(base, max_steps=8, save_steps=4)
+    before = (base / "run" / "checkpoint-4" / "state.pt").read_bytes()
+    for left in ("checkpoint-8",):
+        subprocess.run(["rm", "-r", str(base / "run" / left)], check=True)
+    program = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [sys.executable, "-c", program, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")]
+    result = in_a_process(words)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train.py: could not write") and result.stderr.count("\n") == 1
+    assert (base / "run" / "checkpoint-4" / "state.pt").read_bytes() == before
+    assert [path.name for path in (base / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
+    assert losses(resumed)[-1] == losses(log_of(base / "run"))[-1]
+
+
+def test_ctrl_c_says_where_to_go_on(base):
+    words = command(base, max_steps=100000)
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not (base / "run" / "checkpoint-4").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped at step" in message and "--resume goes on from" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"methode": "lora"}, "unknown argument --methode, did you mean --method"),
+        ({"method": "lorra"}, "invalid choice: 'lorra' (choose from"),
+        ({"template": "chatml"}, "--template must be one of llama2, alpaca, plain"),
+        ({"lora_targets": "wx"}, "unknown LoRA target wx: known are all-linear, output, tok_embeddings, w1"),
+        ({"model_max_length": 0}, "--model_max_length must be at least 1, not 0"),
+        ({"max_steps": "ten"}, "invalid int value: 'ten'"),
+        ({"model": "/nowhere"}, "no tokenizer at /nowhere/tokenizer.model"),
+        ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl cannot be read"),
+        ({"exact_match": True}, "--exact_match needs held-out records"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end needs held-out data"),
+        ({"resume": True}, "nothing to resume"),
+    ],
+)
+def test_a_users_mistake_gets_one_sentence_and_exit_code_2(base, more, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(base, **more)[1:])
+    with pytest.raises(SystemExit) as stopped:
+        train_script.main()
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in shown and shown.count("\n") == 1
+    assert not (base / "run").exists()
+
+
+def test_a_bad_record_stops_the_run_before_it_starts(base):
+    lines = (base / "data.jsonl").read_text().splitlines()
+    lines[16] = lines[16][:-5]
+    (base / "data.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 17: not JSON"):
+        run(base)
+    assert not (base / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(base, tiny_llama):
+    save_meta(tiny_llama(vocab_size=100), base / "base")
+    with pytest.raises(ValueError, match=r"has 340 tokens, the model in .* knows 100"):
+        run(base)
+
+
+def test_progress_in_a_file_is_plain_lines(base):
+    result = in_a_process(command(base, logging_steps=3))
+    assert result.returncode == 0, result.stderr
+    assert "\r" not in result.stdout and "\033" not in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step ")] == ["3/6", "6/6"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside transformers and PEFT
+
+
+@pytest.mark.live
+def test_what_a_run_saved_opens_in_transformers_and_peft_with_the_same_logits(base):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    tokens = torch.arange(3, 40)
+    run(base, "full", method="full")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base / "full")
+    mine = load_model(base / "full")
+    torch.testing.assert_close(whole(tokens[None]).logits[0], mine(tokens), rtol=0, atol=1e-4)
+
+    run(base, "lora", model=str(base / "full"), tokenizer=str(base / "base" / "tokenizer.model"))
+    adapted = peft.PeftModel.from_pretrained(whole, base / "lora")
+    mine = load_adapter(mine, base / "lora", partial(from_hf, config=mine.config))
+    torch.testing.assert_close(adapted(tokens[None]).logits[0], mine(tokens), rtol=0, atol=1e-4)
