@@ -58,6 +58,10 @@ class GenerateConfig:
         ):
             if not ok:
                 raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise DataError(
+                "--top_k and --top_p choose among likely tokens, and --temperature 0 always takes the likeliest: raise it"
+            )
 
 
 def pick_device(name: str) -> torch.device:

@@ -131,20 +131,27 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
     documents = []
     for start, end in pairwise(cu_seqlens.tolist()):
         parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
-        documents.append(attention_over_keys(*parts, None, method).transpose(0, 1))
+        documents.append(attention_over_keys(*parts, method).transpose(0, 1))
     return torch.cat(documents)
 
 
-def attention_over_keys(q, k, v, mask: torch.Tensor | None, method: str) -> torch.Tensor:
-    """Attention of q (H, Tq, D) over k and v (K, Tk, D) -> (H, Tq, D). No mask means causal, with Tq = Tk."""
+def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
+    """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
+    new, seen = q.shape[1], k.shape[1]
     if method == "sdpa":
-        # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1).
-        q, k, v = q[None], k[None], v[None]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])[0]
-    if mask is None:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). It knows "causal" only
+        # for Tq = Tk; a single new token may look at everything; between the two it is told in so many words.
+        mask = None if new in (1, seen) else causal_mask(new, seen, q.device)
+        causal, grouped = new == seen, q.shape[0] != k.shape[0]
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=grouped)[0]
     group = q.shape[0] // k.shape[0]
-    return textbook_attention(q, k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0), mask)
+    k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+    return textbook_attention(q, k, v, causal_mask(new, seen, q.device))
+
+
+def causal_mask(new: int, seen: int, device) -> torch.Tensor:
+    """(Tq, Tk), true where each of the last Tq of Tk tokens may look: at itself and before."""
+    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(diagonal=seen - new)
 
 
 class Attention(nn.Module):
@@ -169,9 +176,8 @@ class Attention(nn.Module):
             keys, values, start = cached  # this layer's rooms in the cache, and how many tokens it already holds
             end = start + len(x)
             keys[start:end], values[start:end] = k, v
-            mask = torch.ones(len(x), end, dtype=torch.bool, device=x.device).tril(diagonal=start)
             q, k, v = q.transpose(0, 1), keys[:end].transpose(0, 1), values[:end].transpose(0, 1)
-            out = attention_over_keys(q, k, v, mask, self.method).transpose(0, 1)
+            out = attention_over_keys(q, k, v, self.method).transpose(0, 1)
         return self.wo(out.flatten(-2))  # (T, C)
 
 
@@ -249,7 +255,7 @@ class Llama(nn.Module):
 
         x = self.tok_embeddings(tokens)  # (T, C)
         for i, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
             else:

@@ -173,9 +173,9 @@ def test_llama2_piece_by_piece_equals_tokenising_whole_turns_as_meta_does(llama2
     apart; on all of no_robots that gives the very same ids."""
     compared = 0
     for dialog in read_dialogs(shared("no_robots_test.jsonl")):
-        texts, system = [m["content"] for m in dialog if m["role"] != "system"], ""
+        texts, system = [m["content"].strip() for m in dialog if m["role"] != "system"], ""
         if dialog[0]["role"] == "system":
-            system = f"<<SYS>>\n{dialog[0]['content']}\n<</SYS>>\n\n"
+            system = f"<<SYS>>\n{dialog[0]['content'].strip()}\n<</SYS>>\n\n"
         whole = []
         for i in range(0, len(texts), 2):
             turn = f"[INST] {system if i == 0 else ''}{texts[i]} [/INST] {texts[i + 1]} "
@@ -183,6 +183,14 @@ def test_llama2_piece_by_piece_equals_tokenising_whole_turns_as_meta_does(llama2
         assert encode_dialog(dialog, llama2_tokenizer, TEMPLATES["llama2"])[0] == whole
         compared += 1
     assert compared == 500
+
+
+def test_white_space_around_a_message_is_neither_read_nor_learned(tokenizer):
+    """146 of the 500 last replies in no_robots end in a stray space or newline, which a model would learn to write."""
+    tidy = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Oakford."}]
+    stray = [{"role": "user", "content": " Where?\n"}, {"role": "assistant", "content": "\nIn Oakford. \n"}]
+    for template in TEMPLATES.values():
+        assert encode_dialog(stray, tokenizer, template) == encode_dialog(tidy, tokenizer, template)
 
 
 ALPACA = (
@@ -489,7 +497,7 @@ def test_a_long_document_is_cut_or_dropped_and_counted(tokenizer):
     whole = encode_dialog(long, tokenizer, TEMPLATES["plain"])
     length = len(encode_dialog(short, tokenizer, TEMPLATES["plain"])[0])
     documents, fates = encode_documents([short, long], tokenizer, TEMPLATES["plain"], max_length=length)
-    assert fates == {"kept": 2, f"cut to {length} tokens": 1}
+    assert fates == {"kept": 2, f"of these cut to {length} tokens": 1}
     assert [len(ids) for ids, _ in documents] == [length, length]  # a document of exactly max_length is whole
     for i in (0, 1):
         assert documents[1][i].tolist() == whole[i][:length]
@@ -660,7 +668,7 @@ def test_the_ranks_together_read_every_row_once(world):
     assert sorted(real) == sorted(rows(batches, 2))
 
 
-@pytest.mark.parametrize(("length", "claimed"), [(512, 0.96), (2048, 0.98)])
+@pytest.mark.parametrize(("length", "claimed"), [(512, 0.95), (2048, 0.99)])
 def test_real_rows_are_as_full_as_the_comment_in_packed_batches_says(llama2_tokenizer, length, claimed):
     dialogs = read_dialogs(shared("no_robots_test.jsonl"))
     documents, _ = encode_documents(dialogs, llama2_tokenizer, TEMPLATES["llama2"], max_length=length)

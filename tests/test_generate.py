@@ -232,7 +232,7 @@ def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(toke
 
     monkeypatch.setattr(generate_module, "generate", stand_in)
     text = "".join(answer(None, tokenizer, TEMPLATES[template], dialog, 9, temperature=0.5))
-    assert text == TEMPLATES[template].assistant.format(assistant=reply)
+    assert text == TEMPLATES[template].assistant.format(assistant=reply.strip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
