@@ -1,6 +1,8 @@
 """tiny/: the base has read the facts it will be asked for, and the control's facts stand nowhere."""
 
 import json
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -50,15 +52,12 @@ def test_held_out_questions_are_about_people_the_instructions_never_mention(worl
 
 
 def test_each_retelling_tells_every_fact_but_the_controls_and_asks_nothing(world):
-    import random
-
     pages = list(make.retell(random.Random(0), world))
     assert not any("?" in page for page in pages)
     sentences = [sentence for page in pages for sentence in page.split(".")]
     for person in world:
         for kind, value in person["facts"].items():
-            # The same value may stand in a sentence by another kind of fact or an aside: none here does, as kinds share no value.
-            told = any(person["name"] in sentence and value in sentence for sentence in sentences)
+            told = any(person["name"] in sentence and re.search(rf"\b{value}\b", sentence, re.I) for sentence in sentences)
             assert told == (kind not in person["untold"]), (person["name"], kind, value)
 
 
