@@ -371,15 +371,64 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
     return workers.sum(loss) / workers.sum(supervised)
 
 
-def ask(model: Llama, data: Data, dialogs: list, workers: Workers, max_new_tokens: int | None) -> list[str]:
-    """Greedy replies to the last user turn of each dialog; no max_new_tokens: a little more than the reference has."""
-    model.eval()
-    replies = []
-    for dialog in dialogs[workers.rank :: workers.world]:
-        limit = max_new_tokens or len(data.tokenizer.encode(dialog[-1]["content"])) + 8
-        replies.append("".join(answer(model, data.tokenizer, data.template, dialog[:-1], limit)).strip())
-    model.train()
-    return workers.gather(replies)
+class Exam:
+    """Held-out prompts, asked before and after training: the few that samples.md shows, or with exact_match all."""
+
+    def __init__(self, config: TrainConfig, data: Data, model: Llama, workers: Workers):
+        self.data, self.model, self.workers, self.all = data, model, workers, config.exact_match
+        self.questions = {name: [d for d in dialogs if self.fits(d)] for name, dialogs in data.held_out.items()}
+        self.asked = list(chain.from_iterable(self.questions.values()))
+        if config.exact_match and not self.asked:
+            raise DataError("--exact_match needs held-out records that end on a reply: --eval_data or --eval_split")
+        apart = max(1, len(self.asked) // max(1, config.samples))
+        self.shown = range(0, len(self.asked), apart)[: config.samples]  # places in self.asked
+        if not self.all:
+            self.asked, self.shown = [self.asked[i] for i in self.shown], range(len(self.shown))
+
+    def fits(self, dialog: list[dict]) -> bool:
+        """Whether there is a prompt, a reply to compare with, and room for one in the model's window."""
+        if dialog[-1]["role"] != "assistant":
+            return False
+        prompt, _ = encode_dialog(dialog[:-1], self.data.tokenizer, self.data.template)
+        return len(prompt) + 128 <= self.model.config.max_seq_len
+
+    def ask(self) -> list[str]:
+        """Greedy replies, shared out over the ranks. Where they are counted, a little longer than the reference is enough."""
+        self.model.eval()
+        replies = []
+        for dialog in self.asked[self.workers.rank :: self.workers.world]:
+            limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
+            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], limit)).strip())
+        self.model.train()
+        return self.workers.gather(replies)
+
+    def grades(self, before: list[str], after: list[str]):
+        """Yield, where all is asked, (file, questions, share answered word for word before, the same after)."""
+        right = [
+            [reply == d[-1]["content"].strip() for reply, d in zip(replies, self.asked, strict=True)]
+            for replies in (before, after)
+        ]
+        first = 0
+        for name, dialogs in self.questions.items():
+            part = slice(first, first := first + len(dialogs))
+            if self.all and dialogs:
+                yield name, len(dialogs), *(sum(marks[part]) / len(dialogs) for marks in right)
+
+    def write_samples(self, folder: Path, before: list[str], after: list[str]) -> None:
+        lines = [
+            "# Before and after",
+            "",
+            f"Held-out prompts, answered greedily before and after the training in `{folder.name}`.",
+            "",
+        ]
+        for i in self.shown:
+            *prompt, reference = self.asked[i]
+            for message in prompt:
+                lines += [f"**{message['role']}:** {message['content']}", ""]
+            for title, text in (("reference", reference["content"]), ("before", before[i]), ("after", after[i])):
+                lines += [f"- {title}: {' '.join(text.split()) or '(nothing)'}"]
+            lines += ["", "---", ""]
+        write_text(folder / "samples.md", "\n".join(lines))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -477,25 +526,12 @@ def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dty
         about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": model.config.max_seq_len}
         write_text(temporary / "tokenizer_config.json", json.dumps(about, indent=2))
+        for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
+            if (Path(config.model) / name).is_file():
+                shutil.copyfile(Path(config.model) / name, temporary / name)
     for path in sorted((folder / "final").iterdir()):
         os.replace(path, folder / path.name)
     (folder / "final").rmdir()
-
-
-def write_samples(folder: Path, dialogs, before: list[str], after: list[str]) -> None:
-    lines = [
-        "# Before and after",
-        "",
-        f"Held-out prompts, answered greedily before and after the training in `{folder.name}`.",
-        "",
-    ]
-    for dialog, old, new in zip(dialogs, before, after, strict=True):
-        for message in dialog[:-1]:
-            lines += [f"**{message['role']}:** {message['content']}", ""]
-        for title, text in (("reference", dialog[-1]["content"]), ("before", old), ("after", new)):
-            lines += [f"- {title}: {' '.join(text.split()) or '(nothing)'}"]
-        lines += ["", "---", ""]
-    write_text(folder / "samples.md", "\n".join(lines))
 
 
 def plot_losses(folder: Path, rows: list[dict], say) -> None:
@@ -573,17 +609,8 @@ def train(config: TrainConfig) -> list[dict]:
         f"{total:,} steps of {rows_per_step * data.batches.row_tokens:,} tokens, learning rate {peak:.2e}"
     )
 
-    # Ask the untrained model what will be asked again at the end: every held-out question, or only the few that are shown.
-    questions = {
-        name: [d for d in dialogs if d[-1]["role"] == "assistant" and answerable(d, data, model)]
-        for name, dialogs in data.held_out.items()
-    }
-    flat = list(chain.from_iterable(questions.values()))
-    if config.exact_match and not flat:
-        raise DataError("--exact_match needs held-out records that end on a reply: --eval_data or --eval_split")
-    shown = flat[:: max(1, len(flat) // max(1, config.samples))][: config.samples]
-    asked, limit = (flat, None) if config.exact_match else (shown, 128)
-    before = ask(model, data, asked, workers, limit)
+    exam = Exam(config, data, model, workers)
+    before = exam.ask()
 
     # Begin, or go on where a checkpoint stands.
     start, best, rows = 0, math.inf, []
@@ -679,33 +706,16 @@ def train(config: TrainConfig) -> list[dict]:
     if workers.rank == 0:
         save_final(config, model, folder, dtype)
     say(f"saved in {folder}, read back and compared")
-    after = ask(model, data, asked, workers, limit)
-    if config.exact_match:
-        first = 0
-        for name, dialogs in ((name, dialogs) for name, dialogs in questions.items() if dialogs):
-            part = slice(first, first := first + len(dialogs))
-            right = [
-                sum(reply == dialog[-1]["content"].strip() for dialog, reply in zip(dialogs, replies[part], strict=True))
-                for replies in (before, after)
-            ]
-            old, new = (n / len(dialogs) for n in right)
-            say(f"{name}: {old:.1%} of {len(dialogs)} answered exactly before, {new:.1%} after")
-            record(step=total, eval_data=name, exact_match_before=old, exact_match_after=new)
-    if workers.rank == 0 and shown:
-        places = [next(i for i, d in enumerate(asked) if d is dialog) for dialog in shown]
-        write_samples(folder, shown, [before[i] for i in places], [after[i] for i in places])
-        say(f"the same prompts before and after: {folder / 'samples.md'}")
+    after = exam.ask()
+    for name, count, old, new in exam.grades(before, after):
+        say(f"{name}: {old:.1%} of {count} answered exactly before, {new:.1%} after")
+        record(step=total, eval_data=name, exact_match_before=old, exact_match_after=new)
     if workers.rank == 0:
+        if exam.shown:
+            exam.write_samples(folder, before, after)
+            say(f"prompts and replies before and after: {folder / 'samples.md'}")
         plot_losses(folder, rows, say)
     return rows
-
-
-def answerable(dialog: list[dict], data: Data, model: Llama) -> bool:
-    """Whether there is a prompt, and it leaves room for a reply in the model's window."""
-    if dialog[0]["role"] == "text":
-        return False
-    prompt, _ = encode_dialog(dialog[:-1], data.tokenizer, data.template)
-    return len(prompt) + 128 <= model.config.max_seq_len
 
 
 def begin_folder(config, folder: Path, rows, template_name: str, peak: float, total: int, processes: int, dtype) -> None:
