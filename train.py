@@ -305,7 +305,8 @@ def read_data(config: TrainConfig, say) -> Data:
         tokens = sum(len(ids) for ids, _ in documents)
         supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
         full = tokens / (len(batches) * batches.row_tokens)
-        say(f"{name}: " + ", ".join(f"{n:,} {fate}" for fate, n in sorted(fates.items(), reverse=True)))
+        in_order = sorted(fates.items(), key=lambda item: item[0] != "kept")
+        say(f"{name}: " + ", ".join(f"{count:,} {fate}" for fate, count in in_order))
         say(
             f"  {tokens:,} tokens, {supervised:,} supervised, in {len(batches):,} rows of {batches.row_tokens:,}, {full:.0%} full"
         )
@@ -569,6 +570,9 @@ class Progress:
         elif logged:
             self.say(line, flush=True)
 
+    def note(self, text: str) -> None:
+        self.say(f"\r{text}\033[K" if self.terminal else text, flush=True)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
@@ -582,10 +586,7 @@ def train(config: TrainConfig) -> list[dict]:
     workers = Workers(device)
     say = print if workers.rank == 0 else lambda *_, **__: None
     folder = Path(config.output_dir)
-    if (folder / "run.json").exists() and not (config.resume or config.overwrite):
-        raise RunError(
-            f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --output_dir names another"
-        )
+    check_folder(config, folder)
 
     # Read and build.
     data = read_data(config, say)
@@ -646,7 +647,7 @@ def train(config: TrainConfig) -> list[dict]:
         if not losses:
             return
         record(step=step, epoch=step / steps_per_epoch, **losses)
-        say(f"after step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        progress.note(f"after step {step}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         first = next(iter(losses.values()))
         if first < best:
             best = first
@@ -655,9 +656,10 @@ def train(config: TrainConfig) -> list[dict]:
 
     # The loop.
     model.train()
+    progress = Progress(start, total, say)
     if start == 0:
         run_evaluation(0)
-    progress = Progress(start, total, say)
+        progress.began = time.perf_counter()
     tokens, seconds, step = 0, 0.0, start
     try:
         for step in range(start + 1, total + 1):
@@ -718,12 +720,30 @@ def train(config: TrainConfig) -> list[dict]:
     return rows
 
 
+def check_folder(config: TrainConfig, folder: Path) -> None:
+    """Nothing that exists is written over unless that was asked for, and a model that is no run's is never."""
+    if folder.resolve() == Path(config.model).resolve():
+        raise RunError(f"--output_dir {folder} is the folder of --model, which would be written over: name another")
+    if (folder / "run.json").exists():
+        if not (config.resume or config.overwrite):
+            raise RunError(
+                f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --output_dir names another"
+            )
+    else:
+        for name in ("params.json", "config.json", "adapter_config.json"):
+            if (folder / name).exists():
+                raise RunError(f"{folder} holds a model ({name}) that is not a run's: name another --output_dir")
+
+
 def begin_folder(config, folder: Path, rows, template_name: str, peak: float, total: int, processes: int, dtype) -> None:
-    """Write what this run is (run.json) and its log up to here; with --overwrite, clear a former run's checkpoints."""
+    """Write what this run is (run.json) and its log up to here; with --overwrite, clear what a former run left."""
     folder.mkdir(parents=True, exist_ok=True)
     if not config.resume:
         for old in (*folder.glob("checkpoint-*"), *folder.glob("best*")):
             shutil.rmtree(old)
+        for pattern in ("*model*.safetensors*", "*config.json", "samples.md", "loss.png"):
+            for old in folder.glob(pattern):
+                old.unlink()
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "overwrite")}
     run = {
         "base_model": config.model,

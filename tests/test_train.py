@@ -16,7 +16,7 @@ import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
 from generate import GenerateConfig, load
 from lora import load_adapter
-from model import from_hf, load_model, save_meta
+from model import from_hf, load_model, save_hf, save_meta
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -290,6 +290,24 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
         complete({"resume": True, "output_dir": str(base / "nowhere")})
     again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
     assert again.logging_steps == 3 and again.model_max_length == 64
+
+
+def test_a_model_that_is_no_runs_is_never_written_over(base, tiny_llama):
+    held = (base / "base" / "consolidated.00.pth").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="is the folder of --model"):
+            run(base, "base", overwrite=overwrite, method="full")
+        save_hf(tiny_llama(vocab_size=340), base / "other")
+        with pytest.raises(RunError, match=r"holds a model \(config.json\) that is not a run's"):
+            run(base, "other", overwrite=overwrite, method="full")
+    assert (base / "base" / "consolidated.00.pth").read_bytes() == held
+
+
+def test_what_a_replaced_run_had_saved_does_not_stay_beside_the_new(base):
+    run(base, method="full")
+    run(base, method="lora", overwrite=True)
+    names = {path.name for path in (base / "run").iterdir()}
+    assert "adapter_config.json" in names and not names & {"config.json", "model.safetensors"}
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
