@@ -152,6 +152,8 @@ def read_dialogs(path, source: str | None = None, target: str | None = None):
     Raises DataError with the file, the line and the reason for the first record that is not right."""
     path = Path(path)
     readers = {".jsonl": _jsonl_records, ".json": _json_records, ".csv": _csv_records, ".txt": _txt_records}
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the files in it")
     if path.suffix not in readers:
         raise DataError(f"{path}: unknown kind of file {path.suffix or '(no ending)'!r}: known are {', '.join(readers)}")
     if (source is None) != (target is None):
@@ -192,8 +194,8 @@ def _jsonl_records(path: Path):
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
 
 
 def _json_records(path: Path):
@@ -382,7 +384,8 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None) -
         elif (flag := re.match(r"    (\w+): [^#]*(?:# (.*))?", line)) and flag[1] in kinds:
             name, text = flag[1], (flag[2] or "").replace("%", "%%")
             if defaults[name] not in (None, (), dataclasses.MISSING):
-                text += f" [{defaults[name]}]"
+                shown = " ".join(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+                text += f" [{shown}]"
             group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **_flag_kind(kinds[name]))
     given, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -24,7 +24,7 @@ import torch
 
 from data import TEMPLATES, DataError, Template, Tokenizer, encode_dialog, parse_flags
 from lora import LoRAError, load_adapter
-from model import CheckpointError, KVCache, Llama, from_hf, load_model
+from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -167,6 +167,8 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
         if (run_folder / "config.json").is_file():
             raise DataError(f"{run_folder} holds a whole model, not an adapter: pass it as --model")
         raise DataError(f"no adapter in {run_folder}: adapter_config.json is missing")
+    if not config.adapter and (run_folder / "adapter_config.json").is_file():
+        raise DataError(f"{run_folder} holds an adapter, not a whole model: pass it as --adapter")
     run, base = read_json(run_folder / "run.json"), config.model
     if base is None and config.adapter:
         base = run.get("base_model") or read_json(run_folder / "adapter_config.json").get("base_model_name_or_path")
@@ -175,6 +177,7 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
         if not Path(base).is_dir():
             raise DataError(f"the adapter in {run_folder} was trained on {base}, which is not here: name its place with --model")
     base = Path(base or TINY)
+    read_config(base)  # says so if there is no model
 
     device = pick_device(config.device)
     folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
@@ -192,7 +195,7 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
 def main():
     try:
         config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if config.prompt is None:
+        if not config.prompt:
             raise DataError('nothing to answer: pass --prompt "..."')
         model, tokenizer, template = load(config)
         dialog = [{"role": "user", "content": config.prompt}]
@@ -215,7 +218,8 @@ def main():
         for text in stream_text(counted, tokenizer, template.stop):
             print(text, end="", flush=True)
         seconds = time.perf_counter() - started
-        print(f"\n[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+        print()
+        print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
     except (CheckpointError, DataError, LoRAError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)

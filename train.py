@@ -1,6 +1,6 @@
 """Training: one loop for full fine-tuning and LoRA, on a CPU, a GPU, or several with torchrun.
 
-    torchrun train.py --method lora                                   the embedded default, three minutes on two CPU cores
+    torchrun train.py --method lora                                   the embedded default, a minute on two CPU cores
     torchrun train.py --model llama-2-7b --data mine.jsonl            your data, real weights
 
 A step of fine-tuning:
@@ -53,7 +53,7 @@ from data import (
 )
 from generate import TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
-from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, save_hf, to_hf
+from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, read_config, save_hf, to_hf
 
 
 class RunError(ValueError):
@@ -144,35 +144,45 @@ def complete(given: dict) -> TrainConfig:
     """The settings of a run from the flags given: defaults, or with --resume those that the run was started with.
 
     Paths become absolute, so that run.json means the same wherever it is read."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = with_tuples(given)
     for name in {"model", "tokenizer"} & given.keys():
         given[name] = os.path.abspath(given[name])
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', TrainConfig.method)}")
     if given.get("resume"):
-        saved = read_run(folder)["settings"]
-        saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        saved = with_tuples(read_run(folder))
         for name, value in given.items():
             if name not in FREE_TO_CHANGE and value != saved[name]:
                 raise RunError(
                     f"--{name} {value}: the run in {folder} was started with {saved[name]}, and a resumed run is the same run"
                 )
         given = saved | given
-    elif (
-        not {"data", "eval_split"} & given.keys()
-    ):  # the embedded default brings held-out questions, and a control: ones that nobody can answer
+    elif "data" not in given and given.get("model", str(TINY)) != str(TINY):
+        raise RunError(f"--model {given['model']} needs --data, the records to train it on")
+    elif not {"data", "eval_split"} & given.keys():
+        # The embedded default brings held-out questions, and as a control questions that nobody can answer.
         given = {"eval_data": (str(TINY / "held_out.jsonl"), str(TINY / "never_told.jsonl")), "exact_match": True} | given
     return TrainConfig(**given | {"output_dir": str(folder)})
 
 
+def with_tuples(settings: dict) -> dict:
+    """argparse and JSON know lists only; a frozen TrainConfig holds tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def read_run(folder: Path) -> dict:
+    """The settings in a run's run.json."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
     except FileNotFoundError:
         raise RunError(f"nothing to resume: {folder} holds no run (--output_dir names its folder)") from None
-    except ValueError as error:
-        raise RunError(f"{folder / 'run.json'} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / 'run.json'} is not what train.py writes: {error}") from None
+    differ = settings.keys() ^ {field.name for field in dataclasses.fields(TrainConfig)} - {"resume", "overwrite"}
+    if differ:
+        raise RunError(f"{folder} was begun by another version of train.py, which differs in {', '.join(sorted(differ))}")
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +238,11 @@ def learning_rate(config: TrainConfig, step: int, total: int, peak: float) -> fl
         return peak
     progress = (step - warmup) / max(1, total - warmup)
     return peak * (1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What a step draws its dropout from, whatever ran before it."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 class Workers:
@@ -287,7 +302,9 @@ def read_data(config: TrainConfig, say) -> Data:
         count = max(1, round(config.eval_split * len(dialogs)))
         held_out = {"held_out": [dialogs[i] for i in order[:count]]}
         dialogs = [dialogs[i] for i in sorted(order[count:])]
-    name = config.template or ("plain" if dialogs[:1] and dialogs[0][0]["role"] == "text" else "llama2")
+        if not dialogs:
+            raise DataError(f"--eval_split {config.eval_split} of {count} records leaves none to train on")
+    name = config.template or ("plain" if all(dialog[0]["role"] == "text" for dialog in dialogs) else "llama2")
     template = TEMPLATES[name]
 
     def pack(name, dialogs, shuffle):
@@ -300,7 +317,7 @@ def read_data(config: TrainConfig, say) -> Data:
             train_on_inputs=config.train_on_inputs,
         )
         if not documents:
-            raise DataError(f"{name}: nothing to learn from in {len(dialogs)} records: {dict(fates)}")
+            raise DataError(f"{name}: nothing to learn from: {', '.join(f'{count:,} {fate}' for fate, count in fates.items())}")
         batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
         tokens = sum(len(ids) for ids, _ in documents)
         supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
@@ -312,7 +329,7 @@ def read_data(config: TrainConfig, say) -> Data:
         )
         return batches
 
-    batches = pack("training data", dialogs, shuffle=True)
+    batches = pack(", ".join(Path(path).name for path in config.data), dialogs, shuffle=True)
     evaluations = {name: pack(name, records, shuffle=False) for name, records in held_out.items()}
     return Data(tokenizer, template, name, batches, held_out, evaluations)
 
@@ -377,14 +394,15 @@ class Exam:
 
     def __init__(self, config: TrainConfig, data: Data, model: Llama, workers: Workers):
         self.data, self.model, self.workers, self.all = data, model, workers, config.exact_match
-        self.questions = {name: [d for d in dialogs if self.fits(d)] for name, dialogs in data.held_out.items()}
-        self.asked = list(chain.from_iterable(self.questions.values()))
+        fitting = [(name, d) for name, dialogs in data.held_out.items() for d in dialogs if self.fits(d)]
+        self.files, self.asked = [name for name, _ in fitting], [dialog for _, dialog in fitting]
         if config.exact_match and not self.asked:
             raise DataError("--exact_match needs held-out records that end on a reply: --eval_data or --eval_split")
         apart = max(1, len(self.asked) // max(1, config.samples))
         self.shown = range(0, len(self.asked), apart)[: config.samples]  # places in self.asked
         if not self.all:
-            self.asked, self.shown = [self.asked[i] for i in self.shown], range(len(self.shown))
+            self.asked, self.files = ([of[i] for i in self.shown] for of in (self.asked, self.files))
+            self.shown = range(len(self.asked))
 
     def fits(self, dialog: list[dict]) -> bool:
         """Whether there is a prompt, a reply to compare with, and room for one in the model's window."""
@@ -405,15 +423,10 @@ class Exam:
 
     def grades(self, before: list[str], after: list[str]):
         """Yield, where all is asked, (file, questions, share answered word for word before, the same after)."""
-        right = [
-            [reply == d[-1]["content"].strip() for reply, d in zip(replies, self.asked, strict=True)]
-            for replies in (before, after)
-        ]
-        first = 0
-        for name, dialogs in self.questions.items():
-            part = slice(first, first := first + len(dialogs))
-            if self.all and dialogs:
-                yield name, len(dialogs), *(sum(marks[part]) / len(dialogs) for marks in right)
+        marks = [[reply == d[-1]["content"].strip() for reply, d in zip(rs, self.asked, strict=True)] for rs in (before, after)]
+        for name in dict.fromkeys(self.files if self.all else ()):
+            places = [i for i, file in enumerate(self.files) if file == name]
+            yield name, len(places), *(sum(right[i] for i in places) / len(places) for right in marks)
 
     def write_samples(self, folder: Path, before: list[str], after: list[str]) -> None:
         lines = [
@@ -424,6 +437,7 @@ class Exam:
         ]
         for i in self.shown:
             *prompt, reference = self.asked[i]
+            lines += [f"*{self.files[i]}*", ""]
             for message in prompt:
                 lines += [f"**{message['role']}:** {message['content']}", ""]
             for title, text in (("reference", reference["content"]), ("before", before[i]), ("after", after[i])):
@@ -493,18 +507,21 @@ def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_state(path: Path, model: Llama) -> dict:
-    """Read state.pt, copy its weights into the model, and return the rest: step, best, optimizer, ..."""
+def read_state(path: Path, model: Llama) -> dict:
+    """What state.pt holds: weights, step, best, ..., checked against the model but not yet given to it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    own, weights = trained_weights(model), state.pop("weights")
-    if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in weights.items()}:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise RunError(f"{path} cannot be read ({reason}); without its folder, --resume takes the checkpoint before it") from None
+    if {name: x.shape for name, x in trained_weights(model).items()} != {name: x.shape for name, x in state["weights"].items()}:
         raise RunError(f"{path} holds other weights than this run trains")
-    for name, weight in weights.items():
-        own[name].copy_(weight)
     return state
+
+
+def restore_weights(state: dict, model: Llama) -> None:
+    for name, weight in trained_weights(model).items():
+        weight.copy_(state["weights"][name])
 
 
 def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype) -> None:
@@ -587,6 +604,11 @@ def train(config: TrainConfig) -> list[dict]:
     say = print if workers.rank == 0 else lambda *_, **__: None
     folder = Path(config.output_dir)
     check_folder(config, folder)
+    window = read_config(config.model).max_seq_len
+    if config.model_max_length > window:
+        raise RunError(
+            f"--model_max_length {config.model_max_length} is more than the {window} tokens the model was trained to read"
+        )
 
     # Read and build.
     data = read_data(config, say)
@@ -610,17 +632,20 @@ def train(config: TrainConfig) -> list[dict]:
         f"{total:,} steps of {rows_per_step * data.batches.row_tokens:,} tokens, learning rate {peak:.2e}"
     )
 
+    newest = checkpoints(folder)[-1:] if config.resume else []
+    state = read_state(newest[0] / "state.pt", model) if newest else None
+    if state and state["processes"] != workers.world:
+        raise RunError(
+            f"{folder} was trained by {state['processes']} processes, not {workers.world}: a step would have other rows"
+        )
+
     exam = Exam(config, data, model, workers)
     before = exam.ask()
 
     # Begin, or go on where a checkpoint stands.
     start, best, rows = 0, math.inf, []
-    if config.resume and checkpoints(folder):
-        state = load_state(checkpoints(folder)[-1] / "state.pt", model)
-        if state["processes"] != workers.world:
-            raise RunError(
-                f"{folder} was trained by {state['processes']} processes, not {workers.world}: a step would have other rows"
-            )
+    if state:
+        restore_weights(state, model)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, best, rows = state["step"], state["best"], state["rows"]
@@ -628,6 +653,8 @@ def train(config: TrainConfig) -> list[dict]:
     workers.wait()  # nothing is written before every rank has found all in order
     if workers.rank == 0:
         begin_folder(config, folder, rows, data.template_name, peak, total, workers.world, dtype)
+
+    progress = Progress(start, total, say)
 
     def record(**row):
         rows.append(row)
@@ -656,10 +683,9 @@ def train(config: TrainConfig) -> list[dict]:
 
     # The loop.
     model.train()
-    progress = Progress(start, total, say)
     if start == 0:
         run_evaluation(0)
-        progress.began = time.perf_counter()
+    progress.began = time.perf_counter()
     tokens, seconds, step = 0, 0.0, start
     try:
         for step in range(start + 1, total + 1):
@@ -667,7 +693,7 @@ def train(config: TrainConfig) -> list[dict]:
             epoch, index = divmod(step - 1, steps_per_epoch)
             indices = range(index * rows_per_step + workers.rank, (index + 1) * rows_per_step, workers.world)
             micro_batches = [data.batches.batch(epoch, index) for index in indices]
-            torch.manual_seed(hash((config.seed, step, workers.rank)))  # the dropout of this step, whatever ran before it
+            torch.manual_seed(step_seed(config.seed, step, workers.rank))
             rate = learning_rate(config, step - 1, total, peak)
             loss, grad_norm, supervised = training_step(
                 config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
@@ -698,12 +724,13 @@ def train(config: TrainConfig) -> list[dict]:
     except KeyboardInterrupt:
         found = checkpoints(folder)
         rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved"
-        raise KeyboardInterrupt(f"stopped at step {step} of {total}; {rest}") from None
+        raise KeyboardInterrupt(f"stopped in step {step} of {total}; {rest}") from None
 
     # Save, then ask again.
     if config.load_best_model_at_end:
         workers.wait()
-        state = load_state(folder / "best" / "state.pt", model)
+        state = read_state(folder / "best" / "state.pt", model)
+        restore_weights(state, model)
         say(f"the weights of step {state['step']} are taken: their held-out loss of {state['best']:.4f} is the lowest")
     if workers.rank == 0:
         save_final(config, model, folder, dtype)
@@ -721,7 +748,10 @@ def train(config: TrainConfig) -> list[dict]:
 
 
 def check_folder(config: TrainConfig, folder: Path) -> None:
-    """Nothing that exists is written over unless that was asked for, and a model that is no run's is never."""
+    """Refuse, before anything is read, a folder that cannot be written or holds something: what is no run's stays as it is."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"--output_dir {folder}: {there} is {'not writable' if there.is_dir() else 'a file'}")
     if folder.resolve() == Path(config.model).resolve():
         raise RunError(f"--output_dir {folder} is the folder of --model, which would be written over: name another")
     if (folder / "run.json").exists():
@@ -729,21 +759,20 @@ def check_folder(config: TrainConfig, folder: Path) -> None:
             raise RunError(
                 f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --output_dir names another"
             )
-    else:
-        for name in ("params.json", "config.json", "adapter_config.json"):
-            if (folder / name).exists():
-                raise RunError(f"{folder} holds a model ({name}) that is not a run's: name another --output_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run: name a new folder with --output_dir")
 
 
 def begin_folder(config, folder: Path, rows, template_name: str, peak: float, total: int, processes: int, dtype) -> None:
-    """Write what this run is (run.json) and its log up to here; with --overwrite, clear what a former run left."""
+    """Write what this run is (run.json) and its log up to here; with --overwrite, clear what the former run left."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
-        for old in (*folder.glob("checkpoint-*"), *folder.glob("best*")):
-            shutil.rmtree(old)
-        for pattern in ("*model*.safetensors*", "*config.json", "samples.md", "loss.png"):
-            for old in folder.glob(pattern):
-                old.unlink()
+    if config.overwrite:
+        for old in (*checkpoints(folder), *folder.glob("best"), *folder.glob("*.tmp")):
+            shutil.rmtree(old, ignore_errors=True)
+        written = "adapter_config.json adapter_model.safetensors config.json tokenizer.model tokenizer_config.json tokenizer.json"
+        shards = (path.name for path in folder.glob("model*.safetensors*"))
+        for name in (*written.split(), "special_tokens_map.json", "samples.md", "loss.png", *shards):
+            (folder / name).unlink(missing_ok=True)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "overwrite")}
     run = {
         "base_model": config.model,
@@ -769,7 +798,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         if speaks:
-            print(f"\ntrain.py: {stopped or 'stopped before the first step'}", file=sys.stderr)
+            print(f"\ntrain.py: {str(stopped) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -462,7 +462,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     assert refusal(path) == f"{path} cannot be read: No such file or directory"
     path.mkdir()
-    assert refusal(path) == f"{path} cannot be read: Is a directory"
+    assert refusal(path) == f"{path} is a folder: name the files in it"
 
 
 def test_an_unknown_ending_is_refused_with_the_known_ones(write):

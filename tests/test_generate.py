@@ -323,8 +323,10 @@ def test_folders_that_are_not_what_they_are_passed_as_are_refused(base, adapter,
         load(config(adapter=base))
     with pytest.raises(DataError, match=r"no adapter in .*absent: adapter_config.json is missing"):
         load(config(adapter=tmp_path / "absent"))
-    with pytest.raises(DataError, match=r"no tokenizer at .*absent"):
+    with pytest.raises(CheckpointError, match=r"no model at .*absent: it is not a folder"):
         load(config(model=tmp_path / "absent"))
+    with pytest.raises(DataError, match=r"holds an adapter, not a whole model: pass it as --adapter"):
+        load(config(model=adapter))
     (base / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"base has config.json but neither"):
         load(config(model=base))
@@ -393,7 +395,7 @@ def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer)
     prompt = tokenizer.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere? [/INST]", bos=True)
     tokens = list(generate(load_model(base), prompt, 12, stop_ids=(2,)))
     assert code == 0
-    assert out == "".join(stream_text(iter(tokens), tokenizer))
+    assert out == "".join(stream_text(iter(tokens), tokenizer)) + "\n"
     assert err.strip().startswith(f"[{len(tokens)} tokens, ")
     warm = (*argv, "--temperature", 2)
     assert run(*warm)[1] == run(*warm)[1] != run(*warm, "--seed", 1)[1]
@@ -408,7 +410,7 @@ def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
     ("argv", "said"),
     [
         ([], 'nothing to answer: pass --prompt "..."'),
-        (["--prompt", "x", "--model", "absent"], "no tokenizer at absent/tokenizer.model"),
+        (["--prompt", "x", "--model", "absent"], "no model at absent: it is not a folder"),
         (["--prompt", "x", "--adapter", "absent"], "no adapter in absent"),
         (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must be 0 or more, not -1.0"),

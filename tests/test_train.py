@@ -298,9 +298,37 @@ def test_a_model_that_is_no_runs_is_never_written_over(base, tiny_llama):
         with pytest.raises(RunError, match="is the folder of --model"):
             run(base, "base", overwrite=overwrite, method="full")
         save_hf(tiny_llama(vocab_size=340), base / "other")
-        with pytest.raises(RunError, match=r"holds a model \(config.json\) that is not a run's"):
+        with pytest.raises(RunError, match="is not empty and holds no run"):
             run(base, "other", overwrite=overwrite, method="full")
     assert (base / "base" / "consolidated.00.pth").read_bytes() == held
+
+
+def test_files_of_others_in_the_output_folder_are_left_alone(base):
+    """Once, a first run into somebody's folder cleared what looked like a run's files there: best_photos/, app_config.json."""
+    (base / "home" / "best_photos").mkdir(parents=True)
+    for name in ("best_photos/1.jpg", "mymodel.safetensors", "app_config.json", "samples.md", "log.jsonl"):
+        (base / "home" / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="is not empty and holds no run"):
+            run(base, "home", overwrite=overwrite)
+    run(base)
+    (base / "run" / "notes_config.json").write_text("mine")
+    run(base, overwrite=True)
+    assert (base / "run" / "notes_config.json").read_text() == "mine"
+    assert {path.read_text() for path in (base / "home").rglob("*") if path.is_file()} == {"mine"}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"settings": {"samples": 5}}'])
+def test_a_run_json_that_is_not_this_programs_is_refused(base, text):
+    run(base)
+    (base / "run" / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"is not what train.py writes|was begun by another version"):
+        complete({"resume": True, "output_dir": str(base / "run")})
+
+
+def test_real_weights_need_data_of_their_own(base):
+    with pytest.raises(RunError, match="needs --data"):
+        complete({"model": str(base / "base")})
 
 
 def test_what_a_replaced_run_had_saved_does_not_stay_beside_the_new(base):
@@ -362,7 +390,7 @@ def test_ctrl_c_says_where_to_go_on(base):
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped at step" in message and "--resume goes on from" in message and "Traceback" not in message
+    assert "stopped in step" in message and "--resume goes on from" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize(
@@ -374,7 +402,9 @@ def test_ctrl_c_says_where_to_go_on(base):
         ({"lora_targets": "wx"}, "unknown LoRA target wx: known are all-linear, output, tok_embeddings, w1"),
         ({"model_max_length": 0}, "--model_max_length must be at least 1, not 0"),
         ({"max_steps": "ten"}, "invalid int value: 'ten'"),
-        ({"model": "/nowhere"}, "no tokenizer at /nowhere/tokenizer.model"),
+        ({"model": "/nowhere"}, "no model at /nowhere: it is not a folder"),
+        ({"model_max_length": 5000}, "is more than the 4096 tokens the model was trained to read"),
+        ({"eval_split": 0.99}, "--eval_split 0.99 of 30 records leaves none to train on"),
         ({"data": "/nowhere.jsonl"}, "/nowhere.jsonl cannot be read"),
         ({"exact_match": True}, "--exact_match needs held-out records"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end needs held-out data"),
