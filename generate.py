@@ -25,6 +25,7 @@ import torch
 from data import TEMPLATES, DataError, Template, Tokenizer, encode_dialog, parse_flags
 from lora import LoRAError, load_adapter
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config
+from quant import QUANTIZERS
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +39,7 @@ class GenerateConfig:
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
     template: str | None = None  # how the prompt is written out: llama2, alpaca, plain; the run's own if not given
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
+    quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
     # What is asked
     prompt: str | None = None  # the user's message
@@ -183,7 +185,8 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
     folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
     template = pick_template(config.template or run.get("template", "llama2"))
-    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device))
+    quantize = config.quantize or run.get("settings", {}).get("quantize", "none")
+    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize])
     pieces, known = tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
         raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")

@@ -114,9 +114,10 @@ def merge_lora(model: nn.Module) -> nn.Module:
             delta = module.lora_B @ module.lora_A  # (out, in), or (C, V) for the embedding
             if isinstance(module, LoRAEmbedding):
                 delta = delta.T
-            weight = module.base.weight
-            weight.copy_(weight.float() + module.scaling * delta)
-            model.set_submodule(path, module.base)
+            # A quantised weight (quant.py) is turned back first: the sum is kept in bf16, not rounded to 4 bits again.
+            base = module.base.dequantized() if hasattr(module.base, "dequantized") else module.base
+            base.weight.copy_(base.weight.float() + module.scaling * delta)
+            model.set_submodule(path, base)
     return model
 
 

@@ -544,17 +544,25 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
     return {name: lambda name=name: checked(name) for name in shapes}
 
 
-def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Llama:
+def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", quantize=None) -> Llama:
     """The model in a folder: params.json + consolidated.*.pth (Meta, any number of shards), or config.json + *.safetensors
     or pytorch_model*.bin (Hugging Face, one file or several with an index).
 
     Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
+    quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
+    whole model never exists in 16 bits; embedding, norms and head stay in `dtype`.
     Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
     config = read_config(path)
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
     for name, read in open_checkpoint(path, config).items():
         module, leaf = name.rsplit(".", 1)
+        if quantize and isinstance(model.get_submodule(module), nn.Linear) and module != "output":
+            try:
+                model.set_submodule(module, quantize(read().to(device)))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {name} {error}") from None
+            continue
         # copy: a tensor that needed no cast would stay a view of the file, which may change or go
         setattr(model.get_submodule(module), leaf, nn.Parameter(read().to(device, dtype, copy=True)))
     return model

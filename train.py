@@ -54,6 +54,7 @@ from data import (
 from generate import TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
 from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, read_config, save_hf, to_hf
+from quant import QUANTIZERS
 
 
 class RunError(ValueError):
@@ -64,7 +65,8 @@ class RunError(ValueError):
 class TrainConfig:
     # What is trained
     model: str = str(TINY)  # folder with weights: Meta's consolidated.*.pth or Hugging Face's *.safetensors
-    method: Literal["lora", "full"] = "lora"  # lora: small adapters beside frozen weights; full: every weight
+    method: Literal["lora", "qlora", "full"] = "lora"  # lora: adapters beside frozen weights; qlora: these in NF4; full: all
+    quantize: Literal["none", "int8", "nf4"] = "none"  # keep the frozen weights of lora in 8 or 4 bits; qlora means nf4
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the computation; auto: bf16 on a GPU that has it, fp32 on a CPU
     attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: PyTorch's fused kernel; textbook: the readable four lines
     gradient_checkpointing: bool = False  # compute each block again in backward instead of keeping its activations
@@ -126,6 +128,10 @@ class TrainConfig:
             for name in names.split():
                 if not ok(getattr(self, name)):
                     raise RunError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if self.method == "qlora" and self.quantize != "nf4":
+            raise RunError(f"--method qlora is lora with --quantize nf4, not {self.quantize}")
+        if self.method == "full" and self.quantize != "none":
+            raise RunError(f"--quantize {self.quantize} freezes the weights and --method full trains them: use lora")
         if len({Path(path).stem for path in self.eval_data}) < len(self.eval_data):
             raise RunError("--eval_data names two files alike, and the log could not tell their losses apart: rename one")
         if self.eval_data and self.eval_split:
@@ -163,6 +169,8 @@ def complete(given: dict) -> TrainConfig:
     elif not {"data", "eval_split"} & given.keys():
         # The embedded default brings held-out questions, and as a control questions that nobody can answer.
         given = {"eval_data": (str(TINY / "held_out.jsonl"), str(TINY / "never_told.jsonl")), "exact_match": True} | given
+    if given.get("method") == "qlora":
+        given = {"quantize": "nf4"} | given
     return TrainConfig(**given | {"output_dir": str(folder)})
 
 
@@ -192,14 +200,14 @@ def read_run(folder: Path) -> dict:
 def build(config: TrainConfig, device: torch.device) -> Llama:
     """The model ready to train: loaded in the format of the method, adapted, its trainable weights in fp32.
 
-    lora: frozen weights in the dtype of the computation, adapters in fp32. full: every weight in fp32 ("masters"), cast to
-    the dtype of the computation where they are used, because bf16's 8 bits would lose most of AdamW's small updates."""
-    dtype = pick_dtype(config.dtype, device)
-    model = load_model(
-        config.model, device=device, dtype=dtype if config.method == "lora" else torch.float32, attention=config.attention
-    )
+    lora: frozen weights in the dtype of the computation, or quantised, and adapters in fp32. full: every weight in fp32
+    ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates."""
+    full = config.method == "full"
+    dtype = torch.float32 if full else pick_dtype(config.dtype, device)
+    quantizer = QUANTIZERS[config.quantize]
+    model = load_model(config.model, device=device, dtype=dtype, attention=config.attention, quantize=quantizer)
     model.gradient_checkpointing = config.gradient_checkpointing
-    if config.method == "lora":
+    if not full:
         torch.manual_seed(config.seed)  # every rank draws the same A
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora)
     return model
@@ -226,7 +234,7 @@ def peak_learning_rate(config: TrainConfig, dim: int) -> float:
     ("Tensor Programs V", table 3)."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return (2e-4 if config.method == "lora" else 2e-5) * 4096 / dim
+    return (2e-5 if config.method == "full" else 2e-4) * 4096 / dim
 
 
 def learning_rate(config: TrainConfig, step: int, total: int, peak: float) -> float:
@@ -527,7 +535,7 @@ def restore_weights(state: dict, model: Llama) -> None:
 def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype) -> None:
     """Write the adapter (PEFT's format) or the model (Hugging Face's), and the tokenizer; read back, compare, put in place."""
     with written_whole(folder / "final") as temporary:
-        if config.method == "lora":
+        if config.method != "full":
             options = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
             rename = partial(to_hf, config=model.config)
             save_adapter(model, temporary, rename, base_model=config.model, rslora=config.use_rslora, **options)
@@ -625,10 +633,13 @@ def train(config: TrainConfig) -> list[dict]:
     steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)
     total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
     peak = peak_learning_rate(config, model.config.dim)
-    trained, everything = (sum(w.numel() for w in ws) for ws in (trained_weights(model).values(), model.parameters()))
+    trained = sum(weight.numel() for weight in trained_weights(model).values())
+    with torch.device("meta"):  # counted before quantisation packs several weights into a byte
+        everything = sum(weight.numel() for weight in Llama(model.config).parameters())
     say(f"model: {config.model}, {everything:,} parameters, {trained:,} trained ({trained / everything:.2%})")
     say(
-        f"  {config.method} on {workers.world} x {device.type}, {str(dtype)[6:]}, template {data.template_name}, "
+        f"  {config.method} on {workers.world} x {device.type}, {str(dtype)[6:]}, quantize {config.quantize}, "
+        f"template {data.template_name}, "
         f"{total:,} steps of {rows_per_step * data.batches.row_tokens:,} tokens, learning rate {peak:.2e}"
     )
 

@@ -1,0 +1,304 @@
+"""quant.py: NF4 as published and as bitsandbytes stores it, and linears that give exactly what their packed weight says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from generate import GenerateConfig, load
+from lora import LoRALinear, add_lora, lora_parameters, merge_lora
+from model import CheckpointError, load_model, save_meta
+from quant import (
+    DYNAMIC_CODE,
+    NF4_CODE,
+    UNSIGNED_CODE,
+    Int8Linear,
+    NF4Linear,
+    QuantError,
+    dequantize_nf4,
+    quantize_blockwise,
+    quantize_nf4,
+)
+from train import RunError, complete, train
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# QLoRA, appendix E: the levels as their authors printed them.
+PUBLISHED = """-1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+-0.09105003625154495 0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1"""
+
+WEIGHTS = {
+    "normal": lambda: torch.randn(512, 256) * 0.02,
+    "odd, last block not full": lambda: torch.randn(33, 71),
+    "less than a block": lambda: torch.randn(3, 5),
+    "zeros": lambda: torch.zeros(2, 64),
+    "one element": lambda: torch.tensor([[1.5]]),
+    "tiny values": lambda: torch.randn(5, 64) * 1e-7,
+    "huge values": lambda: (torch.randn(4, 64) * 3e4).clamp(-6e4, 6e4),
+    "one outlier": lambda: torch.randn(8, 64).index_fill(1, torch.tensor(3), 1000.0),
+}
+
+
+def weight_of(kind: str, dtype=torch.float32) -> torch.Tensor:
+    torch.manual_seed(0)
+    return WEIGHTS[kind]().to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The format
+
+
+def test_the_derived_levels_are_the_published_ones_to_the_bit():
+    assert torch.equal(NF4_CODE, torch.tensor([float(x) for x in PUBLISHED.split()]))
+
+
+def test_the_dynamic_map_has_256_levels_one_zero_and_its_published_ends():
+    for code, lowest in ((DYNAMIC_CODE, -0.9929687), (UNSIGNED_CODE, 0.0)):
+        assert len(code.unique()) == 256 and (code == 0).sum() == 1 and code.max() == 1
+        assert code.min().item() == pytest.approx(lowest)
+
+
+def test_the_first_weight_is_in_the_high_half_of_its_byte():
+    packed = quantize_nf4(torch.tensor([1.0, -1.0] + [0.0] * 62), double_quant=False)
+    assert packed.data[:3].tolist() == [0xF0, 0x77, 0x77] and packed.absmax.tolist() == [1.0]
+    assert quantize_nf4(torch.zeros(64), double_quant=False).data.unique().tolist() == [0x77]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_every_weight_goes_to_the_nearest_level_of_its_block(kind):
+    """Against all sixteen distances in float64; where two levels are equally near, either will do."""
+    weight = weight_of(kind)
+    packed = quantize_nf4(weight, double_quant=False)
+    back = dequantize_nf4(packed).flatten().double()
+    flat = weight.flatten().double()
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        absmax = block.abs().max()
+        nearest = (block[:, None] - NF4_CODE.double() * absmax).abs().amin(dim=1)
+        assert ((block - back[start : start + 64]).abs() - nearest).max() <= 1e-6 * absmax
+    assert back.view(weight.shape).shape == weight.shape
+
+
+def test_the_error_on_normal_data_is_the_published_one():
+    torch.manual_seed(0)
+    x = torch.randn(2**20)
+    plain, double = (dequantize_nf4(quantize_nf4(x, double_quant)) for double_quant in (False, True))
+    assert (plain - x).abs().mean().item() == pytest.approx(0.0729, abs=2e-4)
+    squared = ((plain - x) ** 2).mean().item()
+    assert squared == pytest.approx(0.00847, abs=1e-4)
+    assert ((double - x) ** 2).mean().item() == pytest.approx(squared, rel=0.01)
+
+
+def test_double_quantisation_takes_4_127_bits_a_weight():
+    linear = NF4Linear(torch.randn(4096, 1024))
+    size = sum(p.numel() * p.element_size() for p in linear.parameters())
+    assert size * 8 / (4096 * 1024) == pytest.approx(4.127, abs=0.001)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+def test_nan_and_infinity_are_refused(bad, kind):
+    weight = torch.randn(8, 64)
+    weight[3, 5] = bad
+    with pytest.raises(QuantError, match="holds NaN or infinity"):
+        kind(weight)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_bytes_and_scales_are_bitsandbytes(kind, dtype):
+    """The double-quantised scales are compared with its reference code: its compiled CPU path takes the neighbouring level
+    where a scale lies almost half-way between two."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = weight_of(kind, dtype)
+    data, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+    packed = quantize_nf4(weight, double_quant=False)
+    assert torch.equal(packed.data, data.flatten()) and torch.equal(packed.absmax, state.absmax)
+    theirs = functional.dequantize_4bit(data, state).reshape(weight.shape)
+    assert torch.equal(dequantize_nf4(packed, dtype), theirs)
+
+    data, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed = quantize_nf4(weight)
+    assert torch.equal(packed.data, data.flatten())
+    assert torch.equal(packed.nested, state.state2.absmax) and torch.equal(packed.offset, state.offset)
+    apart = (packed.absmax.int() - state.absmax.int()).abs()
+    counts = (
+        packed.nested.repeat_interleave(256)[: len(apart)] > 0
+    )  # where all scales are equal, their level times 0 says nothing
+    assert not counts.any() or (apart[counts].max() <= 1 and (apart[counts] > 0).float().mean() < 0.02)
+    packed.absmax = state.absmax  # from their scales our lines make their weights
+    assert torch.equal(dequantize_nf4(packed, dtype), functional.dequantize_4bit(data, state).reshape(weight.shape))
+
+
+@pytest.mark.live
+def test_both_code_books_are_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(DYNAMIC_CODE, functional.create_dynamic_map(signed=True))
+    assert torch.equal(UNSIGNED_CODE, functional.create_dynamic_map(signed=False))
+    assert torch.equal(NF4_CODE, functional.get_4bit_type("nf4", device="cpu"))
+
+
+def test_blockwise_ties_go_to_the_lower_level():
+    code = torch.tensor([-1.0, 0.0, 1.0])
+    indices, absmax = quantize_blockwise(torch.tensor([0.5, -0.5, 1.0, 0.51]), code, 4)
+    assert indices.tolist() == [1, 0, 2, 2] and absmax.tolist() == [1.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The linears
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_and_backward_are_those_of_the_dequantised_weight_to_the_bit(kind, dtype):
+    torch.manual_seed(0)
+    linear = kind(torch.randn(48, 128))
+    x, other = (torch.randn(7, 128).to(dtype).requires_grad_() for _ in range(2))
+    other.data.copy_(x.data)
+    ours = linear(x)
+    plain = F.linear(other, linear.dequantize(dtype))
+    grad = torch.randn(7, 48).to(dtype)
+    ours.backward(grad)
+    plain.backward(grad)
+    assert torch.equal(ours, plain) and torch.equal(x.grad, other.grad)
+    assert all(p.grad is None for p in linear.parameters())
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+def test_backward_keeps_the_input_of_nothing_and_no_16_bit_weight(kind):
+    saved = []
+    linear = kind(torch.randn(48, 128))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(torch.randn(7, 128, requires_grad=True)).sum()
+    assert not saved  # the control: a plain linear with a frozen weight saves the weight itself
+    frozen = nn.Linear(128, 48, bias=False).requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        frozen(torch.randn(7, 128, requires_grad=True)).sum()
+    assert saved
+
+
+def test_int8_rows_are_within_half_a_step_of_the_weight():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((Int8Linear(weight).dequantize(torch.float32) - weight).abs() <= step * 0.5001).all()
+    assert torch.equal(Int8Linear(torch.zeros(2, 4)).dequantize(torch.float32), torch.zeros(2, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.fixture
+def base(tmp_path, tiny_llama, tokenizer_file):
+    save_meta(tiny_llama(vocab_size=340, dim=64, hidden_dim=128), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    records = [{"prompt": f"Where {i}?", "response": "Mira lives in Oakford."} for i in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+def test_loading_quantises_every_linear_of_the_blocks_and_nothing_else(base, kind):
+    model = load_model(base / "base", quantize=kind)
+    plain = load_model(base / "base")
+    quantised = {name for name, module in model.named_modules() if isinstance(module, kind)}
+    assert quantised == {name for name, m in plain.named_modules() if isinstance(m, nn.Linear) and name != "output"}
+    assert len(quantised) == 2 * 7
+    for name, weight in plain.named_parameters():
+        if name.removesuffix(".weight") not in quantised:
+            assert torch.equal(model.get_parameter(name), weight)
+    tokens = torch.arange(3, 60)
+    difference = (model(tokens) - plain(tokens)).abs().mean() / plain(tokens).abs().mean()
+    assert 0 < difference < (0.05 if kind is Int8Linear else 0.6)
+
+
+def test_a_weight_that_cannot_be_quantised_is_named(base):
+    weights = torch.load(base / "base" / "consolidated.00.pth", weights_only=True)
+    weights["layers.1.feed_forward.w2.weight"][0, 0] = float("nan")
+    torch.save(weights, base / "base" / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"layers.1.feed_forward.w2.weight holds NaN or infinity"):
+        load_model(base / "base", quantize=NF4Linear)
+
+
+def test_a_merged_qlora_model_is_the_dequantised_sum_in_bf16(base):
+    model = add_lora(load_model(base / "base", quantize=NF4Linear), rank=4)
+    for p in lora_parameters(model).values():
+        p.data.normal_(std=0.1)
+    wq = model.layers[0].attention.wq
+    expected = (wq.base.dequantize(torch.bfloat16).float() + wq.scaling * wq.lora_B @ wq.lora_A).to(torch.bfloat16)
+    merged = merge_lora(model)
+    assert torch.equal(merged.layers[0].attention.wq.weight, expected)
+    assert not any(isinstance(module, NF4Linear | LoRALinear) for module in merged.modules())
+
+
+@pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
+def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, settings, kind):
+    more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 6, "save_steps": 3, "logging_steps": 1}
+    more |= {"learning_rate": 1e-2, "device": "cpu", "model_max_length": 64} | settings
+    whole = train(complete(more | {"output_dir": str(base / "whole")}))
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    train(complete(more | {"output_dir": str(base / "run")}))
+    subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
+    resumed = train(complete({"resume": True, "output_dir": str(base / "run")}))
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    assert isinstance(model.layers[0].attention.wq.base, kind)
+    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu", quantize="none"))
+    assert isinstance(model.layers[0].attention.wq.base, nn.Linear)
+
+
+def test_contradictions_are_refused(base):
+    with pytest.raises(RunError, match="--quantize nf4 freezes the weights and --method full trains them"):
+        complete({"method": "full", "quantize": "nf4"})
+    with pytest.raises(RunError, match="--method qlora is lora with --quantize nf4, not int8"):
+        complete({"method": "qlora", "quantize": "int8"})
+
+
+PEAK = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import Llama, ModelConfig
+from lora import add_lora
+from quant import NF4Linear
+torch.manual_seed(0)
+model = Llama(ModelConfig(dim=512, n_layers=6, n_heads=8, n_kv_heads=8, hidden_dim=1408, vocab_size=256)).bfloat16()
+if sys.argv[2] == "nf4":
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "output":
+            model.set_submodule(name, NF4Linear(module.weight.detach()))
+add_lora(model)
+kept = 0
+def keep(tensor):
+    global kept
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in seen:
+        seen.add(storage.data_ptr())
+        kept += storage.nbytes()
+    return tensor
+seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+tokens = torch.randint(0, 256, (256,))
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    loss = model(tokens, labels=tokens)
+print(weights, kept)
+"""
+
+
+def test_a_qlora_step_keeps_less_than_the_same_lora_step():
+    """What users meet elsewhere: 4-bit runs that need more memory than 16-bit ones, because something was upcast and kept."""
+
+    def measured(how):
+        words = [sys.executable, "-c", PEAK, str(REPOSITORY), how]
+        return map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+
+    (lora_weights, lora_kept), (nf4_weights, nf4_kept) = measured("none"), measured("nf4")
+    assert nf4_weights < 0.4 * lora_weights
+    assert nf4_kept <= lora_kept
