@@ -6,7 +6,8 @@
 Without the cache token n would cost n passes' worth of work; with it each costs one. At batch 1 a pass reads every weight
 once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 GB for 7B in 16 bits.
 
-    python generate.py --adapter runs/lora --prompt "Where does Mira Tolven live?"
+    python generate.py --adapter runs/lora --prompt "Which animal does Pena Marmond keep?"
+    python generate.py --adapter runs/lora --merge merged          a plain Hugging Face model, adapter included
 
 The folder of a run knows its base model, tokenizer and prompt template: what was trained with is what is asked with.
 """
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 from data import TEMPLATES, DataError, Template, Tokenizer, encode_dialog, parse_flags
-from lora import LoRAError, load_adapter
-from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config
+from lora import LoRAError, load_adapter, merge_lora
+from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
 from quant import QUANTIZERS
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -44,6 +46,7 @@ class GenerateConfig:
     # What is asked
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
+    merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     # How tokens are chosen
     max_new_tokens: int = 256  # the answer is cut here if no end token came
     temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
@@ -195,12 +198,37 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
     return model.eval(), tokenizer, template
 
 
+@torch.inference_mode()
+def save_merged(model: Llama, tokenizer: Tokenizer, folder: Path) -> float:
+    """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
+
+    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
+    if folder.exists():
+        raise DataError(f"--merge {folder} exists already: name a new folder")
+    quantised = any(hasattr(module, "dequantized") for module in model.modules())
+    tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
+    before = model(tokens).float()
+    merge_lora(model)
+    if quantised:
+        model.to(torch.bfloat16)
+    difference = (model(tokens).float() - before).abs().max().item()
+    temporary = folder.with_name(folder.name + ".tmp")
+    save_hf(model, temporary)
+    (temporary / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    temporary.rename(folder)  # it has its name when it is whole
+    return difference
+
+
 def main():
     try:
         config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if not config.prompt:
+        if not config.prompt and not config.merge:
             raise DataError('nothing to answer: pass --prompt "..."')
         model, tokenizer, template = load(config)
+        if config.merge:
+            difference = save_merged(model, tokenizer, Path(config.merge))
+            print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
+            return
         dialog = [{"role": "user", "content": config.prompt}]
         if config.system:
             dialog.insert(0, {"role": "system", "content": config.system})
@@ -223,7 +251,7 @@ def main():
         seconds = time.perf_counter() - started
         print()
         print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
-    except (CheckpointError, DataError, LoRAError, OSError) as error:
+    except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

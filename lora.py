@@ -118,6 +118,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
             base = module.base.dequantized() if hasattr(module.base, "dequantized") else module.base
             base.weight.copy_(base.weight.float() + module.scaling * delta)
             model.set_submodule(path, base)
+    for path, module in list(model.named_modules()):
+        if hasattr(module, "dequantized"):  # quantised, without an adapter
+            model.set_submodule(path, module.dequantized())
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import generate as generate_script
 from generate import GenerateConfig, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
 from model import CheckpointError, load_model, save_meta
@@ -237,6 +238,28 @@ def test_a_merged_qlora_model_is_the_dequantised_sum_in_bf16(base):
     merged = merge_lora(model)
     assert torch.equal(merged.layers[0].attention.wq.weight, expected)
     assert not any(isinstance(module, NF4Linear | LoRALinear) for module in merged.modules())
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "qlora", "lora_targets": ["wq"]}])
+def test_merge_writes_a_whole_model_that_answers_as_the_adapter_did(base, settings, monkeypatch, capsys):
+    more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 4, "learning_rate": 1e-2}
+    train(complete(more | {"output_dir": str(base / "run"), "device": "cpu", "model_max_length": 64} | settings))
+    monkeypatch.setattr(
+        sys, "argv", ["generate.py", "--adapter", str(base / "run"), "--merge", str(base / "merged"), "--device", "cpu"]
+    )
+    generate_script.main()
+    changed = float(capsys.readouterr().out.split()[-1])
+    adapted, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    merged, tokenizer, _ = load(GenerateConfig(model=str(base / "merged"), device="cpu"))
+    tokens = torch.arange(3, 60)
+    exact = settings["method"] == "lora"
+    assert (merged(tokens) - adapted(tokens)).abs().max() < (1e-4 if exact else 0.5)
+    assert changed < (1e-4 if exact else 0.5)
+    stored = json.loads((base / "merged" / "config.json").read_text())["torch_dtype"]
+    assert stored == ("float32" if exact else "bfloat16") and tokenizer.vocab_size == 340
+    with pytest.raises(SystemExit):  # what exists is not written over
+        generate_script.main()
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
