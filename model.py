@@ -22,6 +22,7 @@ import json
 import pickle
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,15 +139,17 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
     new, seen = q.shape[1], k.shape[1]
-    if method == "sdpa":
-        # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). It knows "causal" only
-        # for Tq = Tk; a single new token may look at everything; between the two it is told in so many words.
-        mask = None if new in (1, seen) else causal_mask(new, seen, q.device)
-        causal, grouped = new == seen, q.shape[0] != k.shape[0]
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=grouped)[0]
-    group = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
-    return textbook_attention(q, k, v, causal_mask(new, seen, q.device))
+    if method == "textbook":
+        group = q.shape[0] // k.shape[0]
+        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        return textbook_attention(q, k, v, causal_mask(new, seen, q.device))
+    # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1).
+    fused = partial(F.scaled_dot_product_attention, q[None], k[None], v[None], enable_gqa=q.shape[0] != k.shape[0])
+    if new == seen:
+        return fused(is_causal=True)[0]
+    if new == 1:  # a single new token may look at everything
+        return fused()[0]
+    return fused(causal_mask(new, seen, q.device))[0]  # is_causal would count Tq from the beginning, not from the end
 
 
 def causal_mask(new: int, seen: int, device) -> torch.Tensor:
@@ -307,6 +310,7 @@ _FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
+    # Whole words between dots only: "norm" is not to be found in "attention_norm".
     name = f".{name}"
     for old, new in table.items():
         name = name.replace(f".{old}.", f".{new}.", 1)
@@ -556,15 +560,16 @@ def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attent
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
     for name, read in open_checkpoint(path, config).items():
-        module, leaf = name.rsplit(".", 1)
-        if quantize and isinstance(model.get_submodule(module), nn.Linear) and module != "output":
+        weight, (path_to, leaf) = read(), name.rsplit(".", 1)
+        module = model.get_submodule(path_to)
+        if quantize and isinstance(module, nn.Linear) and module is not model.output:
             try:
-                model.set_submodule(module, quantize(read().to(device)))
+                model.set_submodule(path_to, quantize(weight.to(device)))
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name} {error}") from None
-            continue
-        # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-        setattr(model.get_submodule(module), leaf, nn.Parameter(read().to(device, dtype, copy=True)))
+        else:
+            # copy: a tensor that needed no cast would stay a view of the file, which may change or go
+            setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
     return model
 
 
