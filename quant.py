@@ -1,4 +1,4 @@
-"""Quantisation: frozen weights in 4 or 8 bits ("QLoRA", Dettmers et al. 2023, section 3).
+"""Quantisation: frozen weights in 4 or 8 bits, and an AdamW whose moments take 8 ("QLoRA", Dettmers et al. 2023, section 3).
 
 A pretrained weight matrix, cut into blocks of 64, is nearly normal in each. NF4 therefore keeps, per block, the largest absolute
 value, and per weight one of 16 levels, spaced as the quantiles of a normal distribution are: dense near 0, sparse at the ends.
@@ -9,11 +9,11 @@ value, and per weight one of 16 levels, spaced as the quantiles of a normal dist
 mean taken off first) and leaves 4 + 8/64 + 32/(64 x 256) = 4.127 bits: the linears of 7B's blocks take 3.3 GB instead of 13.0.
 The mean squared error on normal data is 0.0085 of the variance.
 
-Nothing is trained here: for every product the weight is turned back into 16 bits, used, and forgotten, in forward and again in
-backward. That is a few more milliseconds a layer, and it is why a QLoRA step needs less memory than a LoRA step but more time.
+Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
+in backward. That is a few more milliseconds a layer, and it is why a QLoRA step needs less memory than a LoRA step but more time.
 
-The bytes are those of bitsandbytes' reference code and CUDA kernels. (Its compiled CPU path rounds about 0.2 % of the double-
-quantised scales to the neighbouring level.) The lines are plain PyTorch.
+The bytes are those of bitsandbytes. (Its compiled CPU path rounds about 0.2 % of the double-quantised scales to the neighbouring
+level; these lines take the nearest.) All is plain PyTorch.
 """
 
 import math
@@ -218,3 +218,75 @@ class Int8Linear(FrozenLinear):
 
 
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with both moments in 8 bits: 2 bytes a weight instead of 8 ("8-bit Optimizers via Block-wise
+    Quantization", section 2).
+
+    For each weight the moments are made fp32, used for an ordinary AdamW step, and packed again in blocks of 256. Tensors of
+    fewer than 4,096 numbers keep fp32 moments: they cost nothing, and norms are sensitive. bf16 weights are rounded
+    stochastically: an update below half of their last bit is not lost but applied with the probability it deserves."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                state["step"] = state.get("step", 0) + 1
+                grad = weight.grad.float()
+                mean = self._unpacked(state, "exp_avg", weight, DYNAMIC_CODE).lerp_(grad, 1 - beta1)
+                square = (
+                    self._unpacked(state, "exp_avg_sq", weight, UNSIGNED_CODE).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                )
+                exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
+                root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                exact.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+                weight.copy_(stochastic_round(exact) if weight.dtype == torch.bfloat16 else exact)
+                self._pack(state, "exp_avg", mean, DYNAMIC_CODE)
+                self._pack(state, "exp_avg_sq", square, UNSIGNED_CODE)
+
+    @staticmethod
+    def _unpacked(state: dict, name: str, weight: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        if name not in state:
+            return torch.zeros_like(weight, dtype=torch.float32)
+        if f"{name}_absmax" not in state:
+            return state[name]
+        return dequantize_blockwise(state[name], state[f"{name}_absmax"], code, NESTED_BLOCK).view(weight.shape)
+
+    @staticmethod
+    def _pack(state: dict, name: str, moment: torch.Tensor, code: torch.Tensor) -> None:
+        if moment.numel() < 4096:
+            state[name] = moment
+            return
+        indices, state[f"{name}_absmax"] = quantize_blockwise(moment, code, NESTED_BLOCK)
+        if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
+            indices = torch.where(moment.flatten() > 0, indices.clamp(min=1), indices)
+        state[name] = indices
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # PyTorch has cast every moment to the format of its weight. Bytes are to stay bytes: put them back as they were saved.
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for weight, number in zip(weights, numbers, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[weight][name] = value.to(weight.device, copy=True) if torch.is_tensor(value) else value
+
+
+def stochastic_round(x: torch.Tensor) -> torch.Tensor:
+    """fp32 -> bf16, up or down with the odds of the distance, so that the expectation is x.
+
+    bf16 is the upper half of fp32's bits: add a random number below one unit of that half, cut the lower half off."""
+    noise = torch.randint_like(x, 2**16, dtype=torch.int32)
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()

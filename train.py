@@ -54,7 +54,7 @@ from data import (
 from generate import TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
 from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, read_config, save_hf, to_hf
-from quant import QUANTIZERS
+from quant import QUANTIZERS, AdamW8bit
 
 
 class RunError(ValueError):
@@ -98,6 +98,8 @@ class TrainConfig:
     learning_rate: float | None = None  # peak; if not given, 2e-4 (lora) or 2e-5 (full) x 4096 / dim
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # how it falls after the warm-up
     warmup_ratio: float = 0.03  # share of the steps in which it rises from 0
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit: moments of 2 bytes a weight instead of 8
+    pure_bf16: bool = False  # full: keep no fp32 weights; needs adamw_8bit, which rounds by chance and so loses no small update
     weight_decay: float = 0.0  # AdamW's pull of every trained matrix towards zero
     adam_beta1: float = 0.9  # memory of AdamW's mean gradient
     adam_beta2: float = 0.999  # memory of its mean square
@@ -128,6 +130,11 @@ class TrainConfig:
             for name in names.split():
                 if not ok(getattr(self, name)):
                     raise RunError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if self.pure_bf16 and (self.method != "full" or self.optim != "adamw_8bit" or self.dtype not in ("auto", "bf16")):
+            raise RunError(
+                "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
+                "weights would overflow"
+            )
         if self.method == "qlora" and self.quantize != "nf4":
             raise RunError(f"--method qlora is lora with --quantize nf4, not {self.quantize}")
         if self.method == "full" and self.quantize != "none":
@@ -203,7 +210,7 @@ def build(config: TrainConfig, device: torch.device) -> Llama:
     lora: frozen weights in the dtype of the computation, or quantised, and adapters in fp32. full: every weight in fp32
     ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates."""
     full = config.method == "full"
-    dtype = torch.float32 if full else pick_dtype(config.dtype, device)
+    dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
     quantizer = QUANTIZERS[config.quantize]
     model = load_model(config.model, device=device, dtype=dtype, attention=config.attention, quantize=quantizer)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -213,20 +220,23 @@ def build(config: TrainConfig, device: torch.device) -> Llama:
     return model
 
 
-def make_optimizer(config: TrainConfig, model: Llama) -> torch.optim.AdamW:
+def computed_in(config: TrainConfig, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if config.pure_bf16 else pick_dtype(config.dtype, device)
+
+
+def make_optimizer(config: TrainConfig, model: Llama) -> torch.optim.Optimizer:
     """AdamW ("Decoupled Weight Decay Regularization", algorithm 2) over what is trained; only matrices decay, never norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,  # set at every step
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=trained[0].device.type in ("cpu", "cuda"),  # one pass over memory instead of a dozen
-    )
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}  # lr: set at every step
+    if config.optim == "adamw_8bit":
+        return AdamW8bit(groups, **options)
+    fused = trained[0].device.type in ("cpu", "cuda")  # one pass over memory instead of a dozen
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def peak_learning_rate(config: TrainConfig, dim: int) -> float:
@@ -620,14 +630,16 @@ def train(config: TrainConfig) -> list[dict]:
 
     # Read and build.
     data = read_data(config, say)
-    dtype = pick_dtype(config.dtype, device)
+    dtype = computed_in(config, device)
     model = build(config, device)
     pieces, known = data.tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
         raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small fp16 gradients from becoming 0
-    autocast = partial(torch.autocast, device.type, dtype, enabled=config.method == "full" and dtype != torch.float32)
+    autocast = partial(
+        torch.autocast, device.type, dtype, enabled=config.method == "full" and dtype != torch.float32 and not config.pure_bf16
+    )
     parallel = DistributedDataParallel(model) if workers.world > 1 else model
     rows_per_step = config.gradient_accumulation_steps * workers.world
     steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)

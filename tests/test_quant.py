@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import generate as generate_script
+from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
 from generate import GenerateConfig, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
 from model import CheckpointError, load_model, save_meta
@@ -18,12 +19,14 @@ from quant import (
     DYNAMIC_CODE,
     NF4_CODE,
     UNSIGNED_CODE,
+    AdamW8bit,
     Int8Linear,
     NF4Linear,
     QuantError,
     dequantize_nf4,
     quantize_blockwise,
     quantize_nf4,
+    stochastic_round,
 )
 from train import RunError, complete, train
 
@@ -283,6 +286,70 @@ def test_contradictions_are_refused(base):
         complete({"method": "full", "quantize": "nf4"})
     with pytest.raises(RunError, match="--method qlora is lora with --quantize nf4, not int8"):
         complete({"method": "qlora", "quantize": "int8"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def losses_on_tiny(make_optimizer, steps):
+    """Losses of full fine-tuning on prompts and replies alike: names cannot be foretold, so the loss never falls to noise."""
+    model = load_model(REPOSITORY / "tiny")
+    optimizer = make_optimizer(list(model.parameters()))
+    records = [json.loads(line)["messages"] for line in (REPOSITORY / "tiny" / "instructions.jsonl").read_text().splitlines()]
+    tokenizer = Tokenizer(REPOSITORY / "tiny" / "tokenizer.model")
+    documents, _ = encode_documents(records, tokenizer, TEMPLATES["llama2"], max_length=128, train_on_inputs=True)
+    batches = PackedBatches(documents, 128)
+    losses = []
+    for step in range(steps):
+        batch = batches.batch(0, step)
+        loss = model(**batch) / (batch["labels"] >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return torch.tensor(losses), optimizer
+
+
+def test_8_bit_adamw_follows_adamws_losses_within_1_percent_in_2_bytes_a_weight():
+    exact, _ = losses_on_tiny(lambda params: torch.optim.AdamW(params, lr=4e-4, weight_decay=0.01), 200)
+    ours, optimizer = losses_on_tiny(lambda params: AdamW8bit(params, lr=4e-4, weight_decay=0.01), 200)
+    control, _ = losses_on_tiny(lambda params: torch.optim.AdamW(params, lr=2e-4, weight_decay=0.01), 50)
+    apart = (ours / exact - 1).abs()
+    assert apart.mean() < 0.01 and exact[-20:].mean() < 0.5 * exact[0]
+    assert (control / exact[:50] - 1).abs().mean() > 0.02  # half the rate is told apart
+    state = [(p.numel(), sum(x.nbytes for x in s.values() if torch.is_tensor(x))) for p, s in optimizer.state.items()]
+    large = [(n, size) for n, size in state if n >= 4096]
+    assert sum(size for _, size in large) / sum(n for n, _ in large) == pytest.approx(2, abs=0.05)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():
+    torch.manual_seed(0)
+    x = torch.full((200_000,), 1 + 2**-10)  # an eighth of the way from 1 to the next bf16 number
+    rounded = stochastic_round(x).float()
+    assert rounded.unique().tolist() == [1.0, 1 + 2**-7]
+    assert rounded.mean().item() == pytest.approx(1 + 2**-10, abs=2e-5)
+    assert (x.bfloat16() == 1).all()  # the control: plain rounding loses the update every time
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(stochastic_round(exact.float()), exact)
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "full", "pure_bf16": True}])
+def test_an_8_bit_run_resumes_exactly(base, settings):
+    more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 6, "save_steps": 3, "logging_steps": 1}
+    more |= {"optim": "adamw_8bit", "learning_rate": 1e-2, "device": "cpu", "model_max_length": 64} | settings
+    whole = train(complete(more | {"output_dir": str(base / "whole")}))
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    train(complete(more | {"output_dir": str(base / "run")}))
+    subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
+    resumed = train(complete({"resume": True, "output_dir": str(base / "run")}))
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+
+
+def test_pure_bf16_with_plain_rounding_or_fp16_is_refused():
+    for wrong in ({"optim": "adamw"}, {"optim": "adamw_8bit", "dtype": "fp16"}, {"optim": "adamw_8bit", "method": "lora"}):
+        with pytest.raises(RunError, match="--pure_bf16 is for --method full --optim adamw_8bit"):
+            complete({"method": "full", "pure_bf16": True} | wrong)
 
 
 PEAK = """
