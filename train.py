@@ -767,6 +767,7 @@ def train(config: TrainConfig) -> list[dict]:
             exam.write_samples(folder, before, after)
             say(f"prompts and replies before and after: {folder / 'samples.md'}")
         plot_losses(folder, rows, say)
+    workers.wait()  # a process that leaves early takes its connections from under the others
     return rows
 
 
