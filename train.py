@@ -1,4 +1,4 @@
-"""Training: one loop for full fine-tuning and LoRA, on a CPU, a GPU, or several with torchrun.
+"""Training: one loop for full fine-tuning, LoRA and QLoRA, on a CPU, a GPU, or several with torchrun.
 
     torchrun train.py --method lora                                   the embedded default, a minute on two CPU cores
     torchrun train.py --model llama-2-7b --data mine.jsonl            your data, real weights
@@ -815,7 +815,11 @@ def begin_folder(config, folder: Path, rows, template_name: str, peak: float, to
 def main():
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        train(complete(parse_flags(TrainConfig, "Fine-tune Llama 2: full or LoRA, on a CPU, a GPU, or several with torchrun.")))
+        train(
+            complete(
+                parse_flags(TrainConfig, "Fine-tune Llama 2: full, LoRA or QLoRA, on a CPU, a GPU, or several with torchrun.")
+            )
+        )
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if speaks:
             print(f"train.py: {error}", file=sys.stderr)

@@ -176,7 +176,7 @@ def test_forward_and_backward_are_those_of_the_dequantised_weight_to_the_bit(kin
 
 
 @pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
-def test_backward_keeps_the_input_of_nothing_and_no_16_bit_weight(kind):
+def test_backward_keeps_neither_the_input_nor_a_16_bit_weight(kind):
     saved = []
     linear = kind(torch.randn(48, 128))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -265,8 +265,8 @@ def test_merge_writes_a_whole_model_that_answers_as_the_adapter_did(base, settin
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
-def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, settings, kind):
+def learns_and_resumes_exactly(base, settings):
+    """Six steps in one go, and the last three of them again from the checkpoint after the third, in base / "run"."""
     more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 6, "save_steps": 3, "logging_steps": 1}
     more |= {"learning_rate": 1e-2, "device": "cpu", "model_max_length": 64} | settings
     whole = train(complete(more | {"output_dir": str(base / "whole")}))
@@ -275,6 +275,11 @@ def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, set
     subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
     resumed = train(complete({"resume": True, "output_dir": str(base / "run")}))
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+
+
+@pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
+def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, settings, kind):
+    learns_and_resumes_exactly(base, settings)
     model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
     assert isinstance(model.layers[0].attention.wq.base, kind)
     model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu", quantize="none"))
@@ -336,14 +341,7 @@ def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():
 
 @pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "full", "pure_bf16": True}])
 def test_an_8_bit_run_resumes_exactly(base, settings):
-    more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 6, "save_steps": 3, "logging_steps": 1}
-    more |= {"optim": "adamw_8bit", "learning_rate": 1e-2, "device": "cpu", "model_max_length": 64} | settings
-    whole = train(complete(more | {"output_dir": str(base / "whole")}))
-    assert whole[-1]["loss"] < whole[0]["loss"]
-    train(complete(more | {"output_dir": str(base / "run")}))
-    subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
-    resumed = train(complete({"resume": True, "output_dir": str(base / "run")}))
-    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
+    learns_and_resumes_exactly(base, settings | {"optim": "adamw_8bit"})
 
 
 def test_pure_bf16_with_plain_rounding_or_fp16_is_refused():

@@ -278,8 +278,7 @@ def test_two_processes_give_the_losses_of_one_with_the_same_rows(base):
     assert [row["step"] for row in one] == [row["step"] for row in two]
     assert [row.get("supervised_tokens") for row in one] == [row.get("supervised_tokens") for row in two]
     assert losses(two) == pytest.approx(losses(one), rel=1e-6)
-    documents = 30 * 3
-    assert documents and json.loads((base / "two" / "run.json").read_text())["processes"] == 2
+    assert json.loads((base / "two" / "run.json").read_text())["processes"] == 2
 
 
 def test_a_resumed_run_is_the_same_run_or_refused(base):
