@@ -834,7 +834,7 @@ HF = {
     "attention bias": (hf_field(attention_bias=True), ["attention_bias"]),
     "feed-forward bias": (hf_field(mlp_bias=True), ["mlp_bias"]),
     "tied embeddings": (hf_field(tie_word_embeddings=True), ["tie_word_embeddings"]),
-    "quantised weights": (hf_field(quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
+    "quantised weights": (hf_field(quantization_config={"quant_method": "gptq"}), ["gptq", "nf4 is read"]),
     "heads of another size": (hf_field(head_dim=16), ["head_dim", "16"]),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), ["safetensors"]),
     "file cut short": (lambda p: cut(p / "model.safetensors"), ["model.safetensors"]),
