@@ -158,15 +158,14 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
         raise QuantError(f"cannot be quantised: {weight.numel()} numbers of {weight.dtype}")
     if not weight.isfinite().all():
         raise QuantError("holds NaN or infinity and cannot be quantised")
-    flat, codes, scales = weight.flatten(), [], []
-    for start in range(0, flat.numel(), 2**22):  # a piece at a time: the temporaries are 16 MB, not three times the weight
-        c, s = quantize_blockwise(flat[start : start + 2**22], NF4_CODE, BLOCK)
-        codes.append(c)
-        scales.append(s)
-    codes, absmax = torch.cat(codes), torch.cat(scales)
-    if codes.numel() % 2:
-        codes = F.pad(codes, (0, 1), value=7)  # the code of 0
-    data = (codes[::2] << 4) | codes[1::2]
+    flat, scales = weight.flatten(), []
+    data = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    for start in range(0, flat.numel(), 2**20):  # a piece at a time: the temporaries are 4 MB each, not the size of the weight
+        codes, absmax = quantize_blockwise(flat[start : start + 2**20], NF4_CODE, BLOCK)
+        codes = F.pad(codes, (0, len(codes) % 2), value=7)  # the code of 0
+        data[start // 2 : (start + 2**20) // 2] = (codes[::2] << 4) | codes[1::2]
+        scales.append(absmax)
+    absmax = torch.cat(scales)
     if not double_quant:
         return PackedNF4(data, absmax, None, None, tuple(weight.shape))
     offset = absmax.mean()
@@ -192,6 +191,15 @@ def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
         torch.index_select(pairs, 0, index[of].copy_(codes), out=levels[of])
         torch.mul(levels[of].view(torch.float32).view(-1, BLOCK), scale, out=target.view(-1, BLOCK))
     return out[:n].view(packed.shape)
+
+
+def linear_plain(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
+    """F.linear(x, dequantised), some rows of W at a time, used before they leave the cache. A row is whole blocks."""
+    n, k = packed.shape
+    rows = max(1, 2**19 // k)
+    data, scales = packed.data.view(n, -1).split(rows), packed.scales().view(n, -1).split(rows)
+    pieces = (PackedNF4(d.flatten(), s.flatten(), None, None, (len(d), k)) for d, s in zip(data, scales, strict=True))
+    return torch.cat([F.linear(x, dequantize_plain(piece, x.dtype)) for piece in pieces], dim=-1)
 
 
 # PyTorch sees each of the two products of NF4 as one operator of known output: torch.compile and memory.py need not look inside.
@@ -227,7 +235,9 @@ def nf4_linear_op(
 ) -> torch.Tensor:
     """x (T, in) @ W^T -> (T, out), W never in memory: 4.13 bits a weight are read; making W would write and read 32 more."""
     packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
-    return matvec_triton(x, packed) if triton and x.is_cuda else F.linear(x, dequantize_plain(packed, x.dtype))
+    if triton and x.is_cuda and shape[1] % 256 == 0:
+        return matvec_triton(x, packed)
+    return linear_plain(x, packed)
 
 
 @nf4_linear_op.register_fake
@@ -321,7 +331,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module):
         ctx.module = module
-        return module.product(x)
+        return F.linear(x, module.dequantize(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -337,9 +347,6 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _FrozenLinear.apply(x, self)
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dequantize(x.dtype))
 
     def dequantized(self) -> nn.Linear:
         """A plain bf16 linear with the same weight: what an adapter is merged into."""
@@ -443,11 +450,11 @@ class NF4Linear(FrozenLinear):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return dequantize_nf4(self.packed(), dtype)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        if triton and x.is_cuda and x.numel() <= 16 * self.in_features and self.in_features % 256 == 0:
-            packed = self.packed()  # a token or a few, as in decoding
-            return nf4_linear_op(x, packed.data, packed.absmax, packed.nested, packed.offset, packed.shape)
-        return super().product(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.numel() > 16 * self.in_features or self.in_features % BLOCK:
+            return super().forward(x)
+        packed = self.packed()  # decoding: a token or a few
+        return nf4_linear_op(x, packed.data, packed.absmax, packed.nested, packed.offset, packed.shape)
 
 
 class Int8Linear(FrozenLinear):

@@ -354,6 +354,21 @@ def test_transformers_and_bitsandbytes_open_a_4_bit_folder_with_the_same_weights
 
 
 @pytest.mark.live
+def test_a_trained_model_packed_here_says_the_same_in_transformers(tmp_path):
+    """tiny, not random weights: their likeliest tokens are often ties to within bf16, in which bitsandbytes computes on a CPU."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    save_hf(load_model(REPOSITORY / "tiny", quantize=NF4Linear), tmp_path)
+    model = load_model(tmp_path, quantize=NF4Linear)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = Tokenizer(REPOSITORY / "tiny" / "tokenizer.model")
+    for line in (REPOSITORY / "tiny" / "held_out.jsonl").read_text().splitlines()[:8]:
+        prompt = [1, *tokenizer.encode(json.loads(line)["messages"][0]["content"].split("?")[0])]
+        said = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert list(generate_script.generate(model, prompt, 24)) == said[0, len(prompt) :].tolist()
+
+
+@pytest.mark.live
 def test_what_transformers_saves_in_4_bits_is_read_exactly_and_written_back_byte_for_byte(tiny_llama, tmp_path):
     transformers, functional = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes.functional")
     from safetensors.torch import load_file
