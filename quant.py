@@ -180,16 +180,17 @@ def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> tor
 
 def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
     """What dequantize_nf4 computes, in plain PyTorch."""
-    n, scales = math.prod(packed.shape), packed.scales()[:, None]
-    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=packed.data.device)
-    pairs = _PAIRS.to(packed.data.device)
-    data = F.pad(packed.data, (0, scales.numel() * BLOCK // 2 - packed.data.numel()))  # up to a whole block; cut off below
+    n, scales, data = math.prod(packed.shape), packed.scales()[:, None], packed.data
+    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=data.device)
+    pairs = _PAIRS.to(data.device)
+    if n % BLOCK:
+        data = F.pad(data, (0, scales.numel() * BLOCK // 2 - data.numel()))  # up to a whole block; cut off below
     piece = min(data.numel(), 2**18)  # bytes at a time, so that what is between stays in the cache
     index, levels = data.new_empty(piece, dtype=torch.int32), pairs.new_empty(piece)
     for codes, scale, target in zip(data.split(piece), scales.split(piece // 32), out.split(2 * piece), strict=True):
         of = slice(len(codes))  # the last piece is shorter
         torch.index_select(pairs, 0, index[of].copy_(codes), out=levels[of])
-        torch.mul(levels[of].view(torch.float32).view(-1, BLOCK), scale, out=target.view(-1, BLOCK))
+        target.view(-1, BLOCK).copy_(levels[of].view(torch.float32).view(-1, BLOCK).mul_(scale))
     return out[:n].view(packed.shape)
 
 
