@@ -17,6 +17,7 @@ level; these lines take the nearest.) All is plain PyTorch.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,19 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
 
 def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """level[code] x absmax in fp32, rounded once to dtype. The weight's own shape."""
+    return _dequantize_nf4(packed.data, packed.absmax, packed.nested, packed.offset, packed.shape, dtype)
+
+
+@torch.library.custom_op("nanotune::dequantize_nf4", mutates_args=())
+def _dequantize_nf4(
+    data: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    packed = PackedNF4(data, absmax, nested, offset, shape)
     n, scales = math.prod(packed.shape), packed.scales()[:, None]
     out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=packed.data.device)
     pairs = _PAIRS.to(packed.data.device)
@@ -148,6 +162,11 @@ def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> tor
         levels = pairs.index_select(0, data[piece].int()).view(torch.float32).view(-1, BLOCK)
         torch.mul(levels, scales[start // 32 : (start + 2**18) // 32], out=out[2 * start : 2 * (start + 2**18)].view(-1, BLOCK))
     return out[:n].view(packed.shape)
+
+
+@_dequantize_nf4.register_fake
+def _(data, absmax, nested, offset, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=data.device)
 
 
 class _FrozenLinear(torch.autograd.Function):

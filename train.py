@@ -53,7 +53,18 @@ from data import (
 )
 from generate import TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
-from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, read_config, save_hf, to_hf
+from model import (
+    CheckpointError,
+    Llama,
+    ModelConfig,
+    from_hf,
+    load_model,
+    open_checkpoint,
+    random_model,
+    read_config,
+    save_hf,
+    to_hf,
+)
 from quant import QUANTIZERS, AdamW8bit
 
 
@@ -204,15 +215,16 @@ def read_run(folder: Path) -> dict:
 # The pieces
 
 
-def build(config: TrainConfig, device: torch.device) -> Llama:
+def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None = None) -> Llama:
     """The model ready to train: loaded in the format of the method, adapted, its trainable weights in fp32.
 
     lora: frozen weights in the dtype of the computation, or quantised, and adapters in fp32. full: every weight in fp32
-    ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates."""
+    ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates.
+    sizes: random weights of these sizes instead of those in the folder config.model, to rehearse a run without them."""
     full = config.method == "full"
     dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
-    quantizer = QUANTIZERS[config.quantize]
-    model = load_model(config.model, device=device, dtype=dtype, attention=config.attention, quantize=quantizer)
+    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": QUANTIZERS[config.quantize]}
+    model = random_model(sizes, **options) if sizes else load_model(config.model, **options)
     model.gradient_checkpointing = config.gradient_checkpointing
     if not full:
         torch.manual_seed(config.seed)  # every rank draws the same A
@@ -237,6 +249,13 @@ def make_optimizer(config: TrainConfig, model: Llama) -> torch.optim.Optimizer:
         return AdamW8bit(groups, **options)
     fused = trained[0].device.type in ("cpu", "cuda")  # one pass over memory instead of a dozen
     return torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def precision(config: TrainConfig, dtype: torch.dtype, device: torch.device):
+    """(scaler, autocast): what keeps fp16's small gradients from becoming 0, and what casts fp32 masters where they are used."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    masters = config.method == "full" and dtype != torch.float32 and not config.pure_bf16
+    return scaler, partial(torch.autocast, device.type, dtype, enabled=masters)
 
 
 def peak_learning_rate(config: TrainConfig, dim: int) -> float:
@@ -266,8 +285,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 class Workers:
     """The processes of torchrun: how many, which one this is, and sums over all. One process needs no torchrun and no group."""
 
-    def __init__(self, device: torch.device):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    def __init__(self, device: torch.device, alone: bool = False):
+        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -405,6 +424,41 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
             loss += model(**{name: x.to(workers.device) for name, x in batch.items()}).item()
     model.train()
     return workers.sum(loss) / workers.sum(supervised)
+
+
+class Rehearsal:
+    """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
+    one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
+
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen: bool = False):
+        self.config, self.sizes, self.device, self.varlen = config, sizes, device, varlen
+        self.row_tokens = config.per_device_train_batch_size * config.model_max_length
+        row = torch.zeros(self.row_tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, self.row_tokens], dtype=torch.int32)}
+
+    def build(self):
+        """(model, optimizer), and with them what `step` and `evaluate` need."""
+        self.model = build(self.config, self.device, self.sizes)
+        for layer in self.model.layers if self.varlen else ():
+            layer.attention.method = "varlen"  # CUDA's kernel, which keeps other tensors than the CPU's
+        self.optimizer = make_optimizer(self.config, self.model)
+        self.scaler, self.autocast = precision(self.config, computed_in(self.config, self.device), self.device)
+        self.workers = Workers(self.device, alone=True)
+        self.model.train()
+        return self.model, self.optimizer
+
+    def step(self):
+        rows = [self.row] * self.config.gradient_accumulation_steps
+        training_step(self.config, self.model, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
+
+    def evaluate(self):
+        evaluate(self.model, self, self.workers, self.autocast)
+
+    def __len__(self):  # the one row that evaluate() asks for, as of a PackedBatches
+        return 1
+
+    def batch(self, epoch: int, index: int):
+        return self.row
 
 
 class Exam:
@@ -636,10 +690,7 @@ def train(config: TrainConfig) -> list[dict]:
     if pieces > known:
         raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
     optimizer = make_optimizer(config, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small fp16 gradients from becoming 0
-    autocast = partial(
-        torch.autocast, device.type, dtype, enabled=config.method == "full" and dtype != torch.float32 and not config.pure_bf16
-    )
+    scaler, autocast = precision(config, dtype, device)
     parallel = DistributedDataParallel(model) if workers.world > 1 else model
     rows_per_step = config.gradient_accumulation_steps * workers.world
     steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)
