@@ -430,8 +430,8 @@ class Rehearsal:
     """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
     one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
 
-    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen: bool = False):
-        self.config, self.sizes, self.device, self.varlen = config, sizes, device, varlen
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen=False, supervised=None):
+        self.config, self.sizes, self.device, self.varlen, self.supervised = config, sizes, device, varlen, supervised
         self.row_tokens = config.per_device_train_batch_size * config.model_max_length
         row = torch.zeros(self.row_tokens, dtype=torch.int64)
         self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, self.row_tokens], dtype=torch.int32)}
@@ -453,6 +453,10 @@ class Rehearsal:
 
     def evaluate(self):
         evaluate(self.model, self, self.workers, self.autocast)
+
+    def save(self):
+        for weight in trained_weights(self.model).values():  # as save_final compares what it wrote
+            weight.to(computed_in(self.config, self.device))
 
     def __len__(self):  # the one row that evaluate() asks for, as of a PackedBatches
         return 1
