@@ -434,3 +434,177 @@ def predict(rehearse, n_layers: int, gpu: GPU | None = None) -> Timeline:
 def measure(run) -> Timeline:
     """The same on real tensors, counted in the same way."""
     return timeline(watch(run, False).diary)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The closed form
+
+
+def linears(s) -> dict[str, tuple[int, int]]:
+    """(out, in) of the seven linears of a block."""
+    c, f, kv = s.dim, s.hidden_dim, s.n_kv_heads * s.dim // s.n_heads
+    return {"wq": (c, c), "wk": (kv, c), "wv": (kv, c), "wo": (c, c), "w1": (f, c), "w2": (c, f), "w3": (f, c)}
+
+
+def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[str, tuple[str, int]]:
+    """The run in closed form: name -> (arithmetic, bytes). s: the model's sizes; flags: train.py's; b: bytes of a number in the
+    computation, 2 or 4.
+
+    T tokens in a row, n of them in a chunk of the loss, C dim, F hidden_dim, V vocabulary, H heads, L layers, r LoRA's rank."""
+    T, C, F, V = flags.per_device_train_batch_size * flags.model_max_length, s.dim, s.hidden_dim, s.vocab_size
+    H, K, L, r = s.n_heads, s.n_kv_heads * s.dim // s.n_heads, s.n_layers, flags.lora_rank
+    full, again, n = flags.method == "full", flags.gradient_checkpointing, min(T, 1024)
+    masters = full and b == 2 and not flags.pure_bf16  # fp32 weights, cast by autocast where they are used
+    S = 4 if masters else b  # bytes of a number in the residual stream, which autocast leaves in fp32
+    block = sum(out * inn for out, inn in linears(s).values())
+    rest = 2 * V * C + (2 * L + 1) * C
+    terms = {}
+
+    # What stays from the first step on.
+    if flags.quantize == "nf4":
+        packed = sum(m // 2 + m // 64 + 4 * (-(-m // 2**14) + 1) for m in (o * i for o, i in linears(s).values()))
+        terms["weights"] = f"{L} x {block:,} x 4.127 bits + {rest:,} x {b} bytes", L * packed + rest * b
+    elif flags.quantize == "int8":
+        packed = block + 4 * sum(out for out, _ in linears(s).values())
+        terms["weights"] = f"{L} x {block:,} x 1 byte + {rest:,} x {b} bytes", L * packed + rest * b
+    else:
+        terms["weights"] = f"{L * block + rest:,} x {4 if masters else b} bytes", (L * block + rest) * (4 if masters else b)
+    every = linears(s) | {"tok_embeddings": (C, V), "output": (V, C)}
+    chosen = {x for x in every if x in flags.lora_targets or ("all-linear" in flags.lora_targets and x in linears(s))}
+    thin = [(r * size, L if x in linears(s) else 1) for x in sorted(chosen) for size in every[x]]  # A's and B's numbers, times
+    trained = L * block + rest if full else sum(size * times for size, times in thin)
+    g = 2 if full and flags.pure_bf16 else 4
+    terms["adapters"] = ("none", 0) if full else (f"{trained:,} x 4 bytes", trained * 4)
+    terms["gradients"] = f"{trained:,} x {g} bytes", trained * g
+    if flags.optim == "adamw_8bit":  # fp32 for tensors of fewer than 4,096 numbers
+        tiny = (rest - 2 * V * C if C < 4096 else 0) if full else sum(size * times for size, times in thin if size < 4096)
+        terms["optimizer state"] = f"{trained:,} x 2 x (1 + 4/256) bytes", round((trained - tiny) * 2 * 65 / 64 + tiny * 8)
+    else:
+        terms["optimizer state"] = f"{trained:,} x 8 bytes", trained * 8
+    if gpu:
+        terms["cuBLAS workspace"] = f"2 threads x {gpu.workspace:,} bytes", 2 * gpu.workspace
+    if nproc > 1:
+        terms["DDP buckets"] = f"a second copy of the gradients, {trained:,} x {g} bytes", trained * g
+
+    # What forward leaves behind in a block: the norms' inputs in fp32 and outputs, q, k, v and attention's result, four
+    # tensors of the feed-forward layer. A weight that is trained needs the input it was multiplied with, a frozen one does not.
+    norms = bool(chosen & {"wq", "wk", "wv"} or full) + bool(chosen & {"w1", "w3"} or full)
+    wide = 3 + bool("w2" in chosen or full)
+    if masters:
+        per_token = 4 * 4 + 5 * 2  # two norms' inputs and results in fp32; q, k, v, w1, w3 are each given a bf16 copy
+    else:
+        per_token = 2 * (4 if b == 2 else b) + (2 * b if full else 0) + norms * b
+    kept = f"T x C x {per_token}"
+    if gpu:
+        size, attention = T * C * per_token + T * 4 * C * b, f"T x 4 C x {b}"
+    else:  # the CPU joins its documents' results: one tensor more, and k and v are not repeated
+        joined = bool("wo" in chosen or full)
+        size, attention = T * C * per_token + T * ((2 + joined) * C + 2 * K) * b, f"T x ({2 + joined} C + 2 K) x {b}"
+    if flags.attention == "textbook":
+        size -= T * C * b * (1 + bool("wo" in chosen or full)) if not gpu else 0
+        size += H * T * T * (4 + (b if b == 2 else 0)) + T * T
+        attention += " + H x T x T x (fp32 softmax and its copy) + T x T"
+    else:
+        size += T * H * 4
+    size += T * wide * F * b + T * 8
+    kept += f" + {attention} + T x {wide} F x {b} + T x (4 H + 8)"
+    if not full:
+        a = r * sum(sum(every[x]) for x in chosen & linears(s).keys())
+        size += T * r * b * len(chosen & linears(s).keys()) + (a * b if b == 2 else 0)
+        kept += f" + adapters: T x r x {len(chosen & linears(s).keys())} x {b}" + (f", cast {a:,} x 2" if b == 2 else "")
+    casts = block * 2 if masters else 0
+    kept += f" + autocast's copies of the weights, {block:,} x 2" if masters else ""
+    first = size + casts - (0 if full or "tok_embeddings" in chosen else T * C * 4 + T * 4)
+    middle = T * C * S + casts if again else size + casts
+    if again:
+        first, kept_text = middle, f"its input, T x C x {S}" + (f" + autocast's copies, {block:,} x 2" if masters else "")
+    else:
+        kept_text = kept
+    terms["activations, first layer"] = kept_text, first
+    terms["activations, middle layers"] = f"{max(0, L - 2)} x {middle:,}", max(0, L - 2) * middle
+    terms["activations, last layer"] = kept_text, middle if L > 1 else 0
+    activations = first + (L - 1) * middle
+
+    # The turn: the last norm and the loss, a chunk of n positions at a time, each computed again in backward.
+    several = T > n
+    copy = 4 if S == 2 else 0  # the norm's fp32 copy of its input, when that was not fp32 (then the input itself is freed)
+    held = T * C * (copy + (S if full or S == 4 and masters else 0) + S + (S if several else 0) - (S if S == 2 else 0))
+    logits = 3 * n * V * 4
+    head = V * C * 2 + n * C * 2 if masters else 0
+    before = V * C * (2 if masters else g) if full and several else 0
+    moments = {"3 x n x V x 4": held + logits + head + before}
+    if S == 2:
+        moments["the norm's backward, T x C x 22"] = T * C * 22
+    if masters:
+        moments["the head's gradient, V x C x (2 + 4)"] = held + V * C * 6
+    elif full:
+        moments["the head's gradients"] = held + (3 * V * C * g + n * C * b if several else V * C * g + n * V * b + T * C * b)
+    if masters and again:  # autocast's copies are let go at the end of forward, before that backward
+        moments = {k: v - L * casts for k, v in moments.items()}
+        moments["2 x n x V x 4 in forward"] = 3 * T * C * 4 + V * C * 2 + 2 * n * V * 4
+    name, loss = max(moments.items(), key=lambda item: item[1])
+    terms["logits and loss"] = f"{name} + the norm's and the loss's inputs" if "x 4" in name else name, loss
+
+    # A block's backward: two gradients of the feed-forward layer's width, a weight's gradient or a weight turned back.
+    mixed, weight = T * F * b, C * F
+    if full:
+        backward = {"2 x T x F x b + C x F x 2": 2 * mixed + weight * (2 if b == 2 else 4)}
+        if not again:
+            backward["its gradients for its activations"] = block * g - middle + T * C * (28 if masters else 24)
+    else:
+        packed = {"none": 0, "nf4": b, "int8": 4 + (b if b == 2 else 0)}[flags.quantize] * weight
+        backward = {"2 x T x F x b": 2 * mixed}
+        if packed:
+            one = weight * b
+            backward |= {"T x F x b + a weight turned back": mixed + one, "a weight turned back": packed + again * 2 * T * C * b}
+            backward["a weight turned back + 3 x T x C x b"] = one + 3 * T * C * b * again
+    name, extra = max(backward.items(), key=lambda item: item[1])
+    if again:
+        name, extra = f"the block once more, {size + casts:,}, + {name}", extra + size + casts - (T * C * 2 if masters else 0)
+    terms["a block's backward"] = name, extra
+    largest = max(V * C, C * F) if full else max(size for size, _ in thin)
+    work = largest * (32 + 8 / 256) if flags.optim == "adamw_8bit" else 0
+    terms["optimizer's work"] = (f"{largest:,} x 8 fp32 numbers" if work else "none, it is fused"), round(work)
+
+    # The peak: the highest of the moments at which it can be.
+    static = sum(terms[x][1] for x in ("weights", "adapters", "optimizer state", "cuBLAS workspace", "DDP buckets") if x in terms)
+    static += 16 * T
+    gradients, stream = trained * g, T * C * S
+    earlier = gradients if flags.gradient_accumulation_steps > 1 else 0
+    inputs = stream if full and S == 4 else 0  # what the embedding gave out, if it is still needed
+    released = L * casts if again else 0
+    peaks = {
+        "loss": static + earlier + activations + stream + loss,
+        f"backward {L - 1}": static + (earlier or (V * C * g if full else 0)) + activations - released + inputs + stream + extra,
+        "optimizer": static + gradients + work,
+    }
+    if full:
+        peaks["backward 0"] = static + gradients - (block + V * C) * g + first - casts * again + inputs + stream + extra
+        peaks["backward embedding"] = static + gradients + stream + (V * C * g if earlier else 0)
+    name, peak = max(peaks.items(), key=lambda item: item[1])
+    return terms | {"allocated peak": (f"in the phase {name}", round(peak))}
+
+
+def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
+    """The formula's terms as they were counted, in the second step."""
+    phases = {phase.name: phase for phase in line.phases if phase.part == "second step"}
+    top = line.highest().peak
+
+    def kept(i):
+        phase = phases[f"forward {i}"]
+        return phase.end["activations"] - phase.start["activations"]
+
+    def rise(name):
+        return phases[name].peak.total() - phases[name].start.total()
+
+    return {kind: top[kind] for kind in ("weights", "adapters", "cuBLAS workspace")} | {
+        "gradients": max(phase.peak["gradients"] for phase in phases.values()),
+        "optimizer state": phases["between steps"].end["optimizer state"],
+        "activations, first layer": kept(0),
+        "activations, middle layers": sum(kept(i) for i in range(1, n_layers - 1)),
+        "activations, last layer": kept(n_layers - 1) if n_layers > 1 else 0,
+        "logits and loss": rise("loss"),
+        "a block's backward": rise(f"backward {n_layers - 1}"),
+        "optimizer's work": rise("optimizer"),
+        "allocated peak": line.peak,
+    }
