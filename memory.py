@@ -8,8 +8,8 @@ order while it adds gradients. So memory is highest somewhere around the turn, a
          + activations of all layers                             (about 34 x T x dim + ... bytes a layer, see `formula`)
          + the loss's logits, or a block's backward              whichever is more, at the turn
 
-Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors, which
-have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
+Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
+which have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
 alive. Beside it stands `formula`, the same in closed form, to be checked by hand; and, with --measure, what a GPU really took.
 
@@ -24,12 +24,10 @@ import argparse
 import bisect
 import json
 import re
-import sys
 import weakref
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -55,7 +53,7 @@ class Tracker(TorchDispatchMode):
     Every operation, autograd's in backward included, passes through `__torch_dispatch__`. The storages of what it returns are
     counted once each, however many views share them, until the last reference is gone. `live` and `peak` are bytes; the
     diary is what happened, in order: (1, block) a birth, (-1, block) a death, (0, (part, phase)) the beginning of a phase.
-    Temporaries inside one operation are not seen; `scratch` names those known: {operation: function of its arguments -> bytes}."""
+    Temporaries inside one operation are not seen; `scratch` has those known, {operation: function of its arguments -> bytes}."""
 
     def __init__(self, scratch: dict | None = None, supervised: int | None = None):
         super().__init__()
@@ -202,8 +200,7 @@ class Timeline:
 def timeline(diary: list[tuple], gpu=None) -> Timeline:
     """The diary as phases. For a GPU every size is rounded as its allocator does, which is replayed beside it."""
     allocator = CachingAllocator() if gpu else None
-    phases, live, reserved, peak, tails = [], Counter(), None, 0, 0
-    total = 0
+    phases, live, total, peak, tails = [], Counter(), 0, 0, 0
     for what, block in diary:
         if what == 0:
             if phases:
@@ -264,9 +261,7 @@ def stretch(few: Timeline, more: Timeline, layers: tuple[int, int], n: int) -> T
         i, low, upward = i + b - 2, next(rest), phase.layer == 1
         first, second = (group[0], group[1]) if upward else (group[-1], group[-2])
         for layer in range(1, n - 1) if upward else range(n - 2, 0, -1):
-            ends = [
-                line(getattr(low, end), getattr(first, end), getattr(second, end), layer) for end in ("start", "peak", "end")
-            ]
+            ends = [line(getattr(low, end), getattr(first, end), getattr(second, end), layer) for end in ("start", "peak", "end")]
             phases.append(Phase(phase.part, f"{phase.name.split()[0]} {layer}", *ends))
 
     def extended(low, high):
@@ -355,6 +350,10 @@ class GPU:
     context: int = 500_000_000  # what CUDA and its kernels take beside PyTorch's tensors; differs by driver, +- 0.1 GB
     workspace: int = 2 * 2**22 + 16 * 2**13  # cuBLAS, for each thread that multiplies: forward's and backward's
 
+    @property
+    def dtype(self) -> str:
+        return "bf16" if self.bf16 else "fp16"
+
 
 def _gib(x: float) -> int:
     return int(x * 2**30)
@@ -397,8 +396,10 @@ SCRATCH = {"torch_attn::_varlen_attn_backward": flash_scratch}
 # Prediction and measurement
 
 
-def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
-    """Build the run and take two steps, an evaluation and a save of it, inside a tracker. dry: on fake tensors."""
+def watch(run, dry: bool, gpu: GPU | None = None, nproc: int = 1) -> Tracker:
+    """Build the run and take two steps, an evaluation and a save of it, inside a tracker. dry: on fake tensors.
+
+    nproc > 1: with the buffers in which DDP collects the gradients, as large as these."""
     fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else nullcontext()
     with fake, Tracker(SCRATCH if gpu else {}, run.supervised if dry else None) as tracker:
         tracker.part = "load"
@@ -410,6 +411,9 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
             tracker.watch(tensor, "batch")
         for _ in range(2 if gpu else 0):
             tracker._was_born(Block(gpu.workspace, "load", "cuBLAS workspace"))
+        if nproc > 1:
+            trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+            tracker._was_born(Block(trained, "load", "DDP buckets"))
         follow(tracker, model, optimizer)
         for tracker.part in ("first step", "second step"):
             run.step()
@@ -423,17 +427,56 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
 FEW = (3, 6)
 
 
-def predict(rehearse, n_layers: int, gpu: GPU | None = None) -> Timeline:
+def predict(rehearse, n_layers: int, gpu: GPU | None = None, nproc: int = 1) -> Timeline:
     """The timeline of a run on fake tensors. rehearse(layers) -> the run with that many layers: `build()` -> (model,
     optimizer), `step()`, `evaluate()`, `save()`, and `row`, the tensors of a micro-batch. With a GPU: as on that GPU."""
-    if n_layers <= FEW[1]:
-        return timeline(watch(rehearse(n_layers), True, gpu).diary, gpu)
-    return stretch(*(timeline(watch(rehearse(n), True, gpu).diary, gpu) for n in FEW), FEW, n_layers)
+
+    def of(layers):
+        return timeline(watch(rehearse(layers), True, gpu, nproc).diary, gpu)
+
+    return of(n_layers) if n_layers <= FEW[1] else stretch(*map(of, FEW), FEW, n_layers)
 
 
-def measure(run) -> Timeline:
-    """The same on real tensors, counted in the same way."""
-    return timeline(watch(run, False).diary)
+class Gauge:
+    """What `follow` reports to on a GPU: every phase with the allocator's own figures, which are free to ask for."""
+
+    def __init__(self):
+        self.part = self.phase = ""
+        self.phases: list[Phase] = []
+
+    def begin(self, phase: str) -> None:
+        now = Counter(allocated=torch.cuda.memory_allocated())
+        if self.phases:
+            self.phases[-1].peak, self.phases[-1].end = Counter(allocated=torch.cuda.max_memory_allocated()), now
+        torch.cuda.reset_peak_memory_stats()
+        self.phase = phase
+        self.phases.append(Phase(self.part, phase, now, now, now))
+
+    def watch(self, tensor, kind=None) -> None:
+        pass  # the allocator knows sizes, not kinds
+
+
+def measure(run, device: torch.device) -> Timeline:
+    """The same run on real tensors: counted by the tracker on a CPU, by the allocator on a GPU."""
+    if device.type != "cuda":
+        return timeline(watch(run, False).diary)
+    gauge = Gauge()
+    torch.cuda.empty_cache()
+    gauge.part = "load"
+    gauge.begin("load")
+    follow(gauge, *run.build())
+    reserved = 0
+    for gauge.part, work in (
+        ("first step", run.step),
+        ("second step", run.step),
+        ("evaluation", run.evaluate),
+        ("save", run.save),
+    ):
+        gauge.begin(gauge.part)
+        work()
+        reserved = max(reserved, torch.cuda.memory_reserved())  # it is never given back by itself
+    gauge.begin("end")
+    return Timeline(gauge.phases[:-1], reserved=reserved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,19 +538,16 @@ def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[st
     else:
         per_token = 2 * (4 if b == 2 else b) + (2 * b if full else 0) + norms * b
     kept = f"T x C x {per_token}"
-    if gpu:
-        size, attention = T * C * per_token + T * 4 * C * b, f"T x 4 C x {b}"
-    else:  # the CPU joins its documents' results: one tensor more, and k and v are not repeated
-        joined = bool("wo" in chosen or full)
-        size, attention = T * C * per_token + T * ((2 + joined) * C + 2 * K) * b, f"T x ({2 + joined} C + 2 K) x {b}"
     if flags.attention == "textbook":
-        size -= T * C * b * (1 + bool("wo" in chosen or full)) if not gpu else 0
-        size += H * T * T * (4 + (b if b == 2 else 0)) + T * T
-        attention += " + H x T x T x (fp32 softmax and its copy) + T x T"
-    else:
-        size += T * H * 4
-    size += T * wide * F * b + T * 8
-    kept += f" + {attention} + T x {wide} F x {b} + T x (4 H + 8)"
+        attention = f"T x 4 C x {b} + H x T x T x {6 if b == 2 else 4} + T x T"
+        size = T * 4 * C * b + H * T * T * (6 if b == 2 else 4) + T * T
+    elif gpu and b == 2:
+        size, attention = T * 4 * C * b + T * H * 4, f"T x 4 C x {b} + T x H x 4"
+    else:  # the CPU's way joins its documents' results: one tensor more, and k and v are not repeated
+        joined = 2 + bool("wo" in chosen or full)
+        size, attention = T * (joined * C + 2 * K) * b + T * H * 4, f"T x ({joined} C + 2 K) x {b} + T x H x 4"
+    size += T * C * per_token + T * wide * F * b + T * 8
+    kept += f" + {attention} + T x {wide} F x {b} + T x 8"
     if not full:
         a = r * sum(sum(every[x]) for x in chosen & linears(s).keys())
         size += T * r * b * len(chosen & linears(s).keys()) + (a * b if b == 2 else 0)
@@ -526,9 +566,9 @@ def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[st
     activations = first + (L - 1) * middle
 
     # The turn: the last norm and the loss, a chunk of n positions at a time, each computed again in backward.
-    several = T > n
+    several = n < T
     copy = 4 if S == 2 else 0  # the norm's fp32 copy of its input, when that was not fp32 (then the input itself is freed)
-    held = T * C * (copy + (S if full or S == 4 and masters else 0) + S + (S if several else 0) - (S if S == 2 else 0))
+    held = T * C * (copy + (S if full else 0) + S + (S if several else 0) - (S if S == 2 else 0))
     logits = 3 * n * V * 4
     head = V * C * 2 + n * C * 2 if masters else 0
     before = V * C * (2 if masters else g) if full and several else 0
@@ -538,7 +578,8 @@ def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[st
     if masters:
         moments["the head's gradient, V x C x (2 + 4)"] = held + V * C * 6
     elif full:
-        moments["the head's gradients"] = held + (3 * V * C * g + n * C * b if several else V * C * g + n * V * b + T * C * b)
+        sums = 3 * V * C * g + n * C * b - (T * C * S if 2 * n >= T else 0)  # of the chunks' gradients
+        moments["the head's gradients"] = held + (sums if several else V * C * g + n * V * b + T * C * b)
     if masters and again:  # autocast's copies are let go at the end of forward, before that backward
         moments = {k: v - L * casts for k, v in moments.items()}
         moments["2 x n x V x 4 in forward"] = 3 * T * C * 4 + V * C * 2 + 2 * n * V * 4
@@ -549,22 +590,27 @@ def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[st
     mixed, weight = T * F * b, C * F
     if full:
         backward = {"2 x T x F x b + C x F x 2": 2 * mixed + weight * (2 if b == 2 else 4)}
-        if not again:
-            backward["its gradients for its activations"] = block * g - middle + T * C * (28 if masters else 24)
+        if masters and again:
+            backward["C x F x 4 + T x C x 2"] = weight * 4 + T * C * 2
+        elif b == 2:
+            gone = size + casts
+            backward["its gradients, its activations gone"] = block * g - gone + T * C * (28 if masters else 24)
     else:
         packed = {"none": 0, "nf4": b, "int8": 4 + (b if b == 2 else 0)}[flags.quantize] * weight
-        backward = {"2 x T x F x b": 2 * mixed}
+        backward = {"2 x T x F x b": 2 * mixed} if "w2" in chosen else {"3 x T x F x b": 3 * mixed}
         if packed:
             one = weight * b
             backward |= {"T x F x b + a weight turned back": mixed + one, "a weight turned back": packed + again * 2 * T * C * b}
             backward["a weight turned back + 3 x T x C x b"] = one + 3 * T * C * b * again
+    if flags.attention == "textbook":
+        backward["H x T x T x 4"] = H * T * T * 4 + T * C * (2 if b == 2 else 8)
     name, extra = max(backward.items(), key=lambda item: item[1])
     if again:
-        name, extra = f"the block once more, {size + casts:,}, + {name}", extra + size + casts - (T * C * 2 if masters else 0)
+        name, extra = f"the block once more, {size + casts:,}, + {name}", extra + size + casts - (T * C * 4 if S == 4 else 0)
     terms["a block's backward"] = name, extra
     largest = max(V * C, C * F) if full else max(size for size, _ in thin)
-    work = largest * (32 + 8 / 256) if flags.optim == "adamw_8bit" else 0
-    terms["optimizer's work"] = (f"{largest:,} x 8 fp32 numbers" if work else "none, it is fused"), round(work)
+    work = largest * ((32 if g == 2 else 28) + 8 / 256) if flags.optim == "adamw_8bit" else 0
+    terms["optimizer's work"] = (f"{largest:,} x {8 if g == 2 else 7} fp32 numbers" if work else "none, it is fused"), round(work)
 
     # The peak: the highest of the moments at which it can be.
     static = sum(terms[x][1] for x in ("weights", "adapters", "optimizer state", "cuBLAS workspace", "DDP buckets") if x in terms)
@@ -592,12 +638,12 @@ def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
 
     def kept(i):
         phase = phases[f"forward {i}"]
-        return phase.end["activations"] - phase.start["activations"]
+        return phase.end.total() - phase.start.total()
 
     def rise(name):
         return phases[name].peak.total() - phases[name].start.total()
 
-    return {kind: top[kind] for kind in ("weights", "adapters", "cuBLAS workspace")} | {
+    return {kind: top[kind] for kind in ("weights", "adapters", "cuBLAS workspace", "DDP buckets") if kind in top} | {
         "gradients": max(phase.peak["gradients"] for phase in phases.values()),
         "optimizer state": phases["between steps"].end["optimizer state"],
         "activations, first layer": kept(0),
@@ -606,5 +652,513 @@ def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
         "logits and loss": rise("loss"),
         "a block's backward": rise(f"backward {n_layers - 1}"),
         "optimizer's work": rise("optimizer"),
-        "allocated peak": line.peak,
+        "allocated peak": line.peak - line.tails,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def gb(size) -> str:
+    return "" if size is None else f"{size / 1e9:,.3f}"
+
+
+def breakdown(closed: dict, counted: dict, measured: dict | None, line: Timeline, gpu: GPU | None, real=None) -> dict:
+    """{term: {arithmetic, formula, simulated, measured}} in bytes, None where not known; the totals last."""
+    rows = {}
+    for name, (arithmetic, size) in closed.items():
+        seen = [(column or {}).get(name) for column in (counted, measured)]
+        rows[name] = {"arithmetic": arithmetic, "formula": size, "simulated": seen[0], "measured": seen[1]}
+    if gpu:
+        allocated = rows.pop("allocated peak")
+        rows["allocator's rounding"] = {"arithmetic": "rests of up to 1 MiB", "formula": None, "simulated": line.tails}
+        allocated["simulated"] = line.peak
+        rows["allocated peak"] = allocated
+        taken = real.reserved if real else None
+        rows["reserved"] = {"arithmetic": "segments of the allocator", "formula": None, "simulated": line.reserved}
+        rows["reserved"]["measured"] = taken
+        rows["CUDA context"] = {"arithmetic": "+- 0.1 GB", "formula": gpu.context, "simulated": gpu.context}
+        rows["nvidia-smi"] = {"arithmetic": "reserved + context", "formula": None, "simulated": line.reserved + gpu.context}
+    return rows
+
+
+def show_breakdown(rows: dict) -> None:
+    print(f"{'GB (10^9 bytes)':30}{'formula':>10}{'simulated':>11}{'measured':>10}   as")
+    for name, row in rows.items():
+        total = name in ("allocated peak", "reserved", "nvidia-smi")
+        size = row.get("measured") or row.get("simulated") or row["formula"]
+        print(
+            f"{name:30}{gb(row['formula']):>10}{gb(row.get('simulated')):>11}{gb(row.get('measured')):>10}   "
+            + (f"{size / 2**30:.2f} GiB; " if total else "")
+            + row["arithmetic"]
+        )
+
+
+def layer_rows(line: Timeline) -> list[dict]:
+    """What each layer keeps in forward; what its backward needs on top, adds (gradients) and frees. Second step, bytes."""
+    rows = {}
+    for phase in line.phases:
+        if phase.part != "second step" or phase.layer is None:
+            continue
+        row = rows.setdefault(phase.layer, {"layer": phase.layer})
+        change = phase.end.total() - phase.start.total()
+        if phase.name.startswith("forward"):
+            row |= {"forward_kept": change, "forward_peak": phase.peak.total() - phase.start.total()}
+        else:
+            added = phase.end["gradients"] - phase.start["gradients"]
+            row |= {"backward_peak": phase.peak.total() - phase.start.total(), "backward_added": added}
+            row |= {"backward_freed": added - change}
+    return [rows[i] for i in sorted(rows)]
+
+
+def show_layers(rows: list[dict]) -> None:
+    names = [name for name in rows[0] if name != "layer"]
+    print(f"\n{'GB per layer':14}" + "".join(f"{name.replace('_', ' '):>16}" for name in names))
+    alike = None
+    for row in rows:
+        values = [row[name] for name in names]
+        if values != alike:  # layers that are like the one before are not repeated
+            print(f"layer {row['layer']:<8}" + "".join(f"{gb(value):>16}" for value in values))
+        elif row["layer"] + 1 == len(rows) or [rows[row["layer"] + 1][name] for name in names] != values:
+            print(f"  to {row['layer']:<9}" + f"{'the same':>16}")
+        alike = values
+
+
+def show_timeline(line: Timeline) -> None:
+    print(f"\n{'GB over time':38}{'start':>10}{'peak':>10}{'end':>10}")
+    top, folded = line.highest(), [p for p in line.phases if p.layer in (None, 0) or p.layer == len(layer_rows(line)) - 1]
+    for phase in folded:
+        mark = "  <- the peak" if phase is top else ""
+        sizes = "".join(f"{gb(x.total()):>10}" for x in (phase.start, phase.peak, phase.end))
+        print(f"{phase.part + ', ' + phase.name:38}{sizes}{mark}")
+
+
+def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
+    """A stacked area over the run's phases, and the GPU's memory as a line. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    kinds = [
+        "weights",
+        "adapters",
+        "optimizer state",
+        "gradients",
+        "activations",
+        "logits and loss",
+        "temporary",
+        "cuBLAS workspace",
+    ]
+    moments = [moment for phase in line.phases for moment in (phase.start, phase.peak, phase.end)]
+    figure, axes = pyplot.subplots(figsize=(11, 5))
+    axes.stackplot(range(len(moments)), [[moment[kind] / 1e9 for moment in moments] for kind in kinds], labels=kinds)
+    parts = [phase.part for phase in line.phases]
+    for part in dict.fromkeys(parts):
+        axes.axvline(3 * parts.index(part), color="grey", linewidth=0.5)
+        axes.text(3 * parts.index(part), axes.get_ylim()[1], f" {part}", rotation=90, va="top", fontsize=8)
+    if gpu and gpu.memory:
+        axes.axhline((gpu.memory - gpu.context) / 1e9, color="red", label=f"{gpu.name}, less the CUDA context")
+    axes.set(xlabel="time, in phases", ylabel="GB allocated", title=title)
+    axes.set_xticks([])
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Will it fit, and if not, what would
+
+
+def cheaper(flags) -> list[tuple[str, dict]]:
+    """Changes that save memory, the cheapest first: (what it is and costs, the flags it changes)."""
+    ways = []
+    if not flags.gradient_checkpointing:
+        ways.append(("--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}))
+    if flags.method == "full" and flags.optim == "adamw":
+        ways.append(("--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}))
+    if flags.method == "full" and not flags.pure_bf16:
+        both = {"optim": "adamw_8bit", "pure_bf16": True}
+        ways.append(("--pure_bf16 --optim adamw_8bit, no fp32 weights", both))
+    if flags.method == "lora" and flags.quantize != "nf4":
+        ways.append(("--method qlora, 4-bit weights, a little slower", {"method": "qlora", "quantize": "nf4"}))
+    if flags.per_device_train_batch_size > 1:
+        half = flags.per_device_train_batch_size // 2
+        fewer = {"per_device_train_batch_size": half, "gradient_accumulation_steps": flags.gradient_accumulation_steps * 2}
+        ways.append((f"--per_device_train_batch_size {half} and twice the accumulation, the same steps", fewer))
+    elif flags.model_max_length > 256:
+        half = flags.model_max_length // 2
+        ways.append((f"--model_max_length {half}, longer documents are cut", {"model_max_length": half}))
+    if flags.method == "full":
+        lora = {"method": "lora", "pure_bf16": False, "optim": "adamw"}
+        ways.append(("--method lora, other weights stay as they are", lora))
+        ways.append(("--method qlora", lora | {"method": "qlora", "quantize": "nf4"}))
+    return ways
+
+
+def needed(s, flags, b: int, gpu: GPU, nproc: int = 1) -> int:
+    """Bytes by the formula: the allocated peak and the context."""
+    return formula(s, flags, b, gpu, nproc)["allocated peak"][1] + gpu.context
+
+
+def sharded(s, flags, b: int, gpu: GPU, nproc: int) -> int:
+    """The formula with FSDP over nproc GPUs: what stays is divided, and two layers (this and the next) are gathered whole."""
+    terms = formula(s, flags, b, gpu)
+    stays = sum(terms[name][1] for name in ("weights", "adapters", "gradients", "optimizer state"))
+    one = terms["weights"][1] / s.n_layers  # a little more than a layer
+    return round(needed(s, flags, b, gpu) - stays * (1 - 1 / nproc) + 2 * one)
+
+
+def advice(s, flags, b: int, gpu: GPU, nproc: int) -> list[dict]:
+    """Each change by itself and then all so far together, until it fits; then more GPUs. [{change, bytes, fits}]"""
+    found = []
+
+    def add(change, size):
+        found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
+        return found[-1]["fits"]
+
+    for change, new in cheaper(flags):
+        add(change, needed(s, replace(flags, **new), b, gpu, nproc))
+    if not any(way["fits"] for way in found):
+        together, words = flags, []
+        while ways := cheaper(together):
+            together = replace(together, **ways[0][1])
+            words.append(ways[0][0].split(",")[0])
+            size = needed(s, together, b, gpu, nproc)
+            if size <= gpu.memory or (len(ways) == 1 and together.model_max_length <= 512):
+                add(" ".join(words), size)
+                break
+        if size > gpu.memory:
+            for count in sorted({nproc, 2, 4, 8} - {1}):
+                size = sharded(s, together, b, gpu, count)
+                if add(f"the same, sharded over {count} GPUs with FSDP, which train.py cannot do yet", size):
+                    break
+    return found
+
+
+def explain_out_of_memory(terms: dict, peak: int, capacity: int, in_use: int, ways: list[dict]) -> str:
+    """What to say when memory ran out: what was predicted, what was in use (bytes), and what would fit."""
+    largest = sorted(((size, name) for name, size in terms.items() if size and name != "allocated peak"), reverse=True)[:4]
+    lines = [
+        f"out of memory: {in_use / 1e9:.2f} of {capacity / 1e9:.2f} GB were in use, a peak of {peak / 1e9:.2f} GB was predicted, "
+        "most of it " + ", ".join(f"{name} {size / 1e9:.2f}" for size, name in largest)
+    ]
+    lines += [f"  {way['change']}: {way['bytes'] / 1e9:.2f} GB" + (", fits" if way["fits"] else "") for way in ways]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program. From here on train.py is known: it hands over its own build and step.
+
+
+def rehearsals(flags, sizes, gpu):
+    """layers -> train.py's run with that many, on the CPU's fake tensors, with CUDA's attention if it is for a GPU."""
+    import train
+
+    varlen = gpu is not None and flags.attention == "sdpa" and flags.dtype != "fp32"
+    return lambda layers: train.Rehearsal(flags, replace(sizes, n_layers=layers), torch.device("cpu"), varlen=varlen)
+
+
+def width(flags) -> int:
+    return 4 if flags.dtype == "fp32" else 2
+
+
+GENERIC = GPU("a GPU", 0)
+
+
+def grid(sizes, make, gpu: GPU, nproc: int) -> list[dict]:
+    """full, LoRA and QLoRA at 1k to 8k tokens with checkpointing, by the formula, and which GPUs hold each."""
+    rows = []
+    for method in ("full", "lora", "qlora"):
+        for tokens in (1024, 2048, 4096, 8192):
+            batch = max(1, tokens // sizes.max_seq_len)
+            more = {"per_device_train_batch_size": batch, "model_max_length": tokens // batch, "gradient_checkpointing": True}
+            flags = make(method, **more)
+            size = needed(sizes, flags, 2, gpu, nproc)
+            holds = [g.name for g in GPUS.values() if needed(sizes, flags, 2, g, nproc) <= g.memory]
+            fits = size <= gpu.memory if gpu.memory else None
+            rows.append({"method": method, "tokens": tokens, "batch": batch, "bytes": size, "fits": fits, "held_by": holds})
+    return rows
+
+
+def show_grid(rows: list[dict], sizes, make, gpu: GPU, nproc: int) -> None:
+    print("GB by the formula, with --gradient_checkpointing: the allocated peak and the CUDA context; the GPUs that hold it\n")
+    for row in rows:
+        mark = {True: "fits", False: "no", None: ""}[row["fits"]]
+        held = " ".join(row["held_by"]) or "none of those known"
+        print(f"{row['method']:6}{row['tokens']:>6} tokens{row['bytes'] / 1e9:>10.2f}  {mark:5} {held}")
+    if not gpu.memory:
+        return print("\n--method shows one of them in full; --gpu NAME says what that GPU can do.")
+    best = {row["method"]: row for row in rows if row["fits"]}  # the longest of each method
+    if best:
+        method = next(method for method in ("lora", "qlora", "full") if method in best)
+        row = best[method]
+        print(
+            f"\nOn {gpu.name} ({gpu.memory / 1e9:.2f} GB): " + ", ".join(f"{m} to {r['tokens']} tokens" for m, r in best.items())
+        )
+        batch = f" --per_device_train_batch_size {row['batch']}" if row["batch"] > 1 else ""
+        print(
+            f"To begin with: torchrun --nproc_per_node {nproc} train.py --method {method} --model FOLDER --data RECORDS "
+            f"--gradient_checkpointing --model_max_length {row['tokens'] // row['batch']}{batch}"
+        )
+        return
+    flags = make("qlora", model_max_length=512, gradient_checkpointing=True)
+    size = needed(sizes, flags, 2, gpu, nproc)
+    each = f"each of {nproc} GPUs holds the whole model, " if nproc > 1 else ""
+    least = f"the least, qlora at 512 tokens, takes {size / 1e9:.2f} GB."
+    print(f"\nNone fits on {gpu.name} ({gpu.memory / 1e9:.2f} GB): {each}and {least}")
+    for count in (2, 4, 8, 16):
+        size = sharded(sizes, flags, 2, gpu, count)
+        if size <= gpu.memory:
+            print(f"  sharded over {count} x {gpu.name} with FSDP: {size / 1e9:.2f} GB each; train.py cannot do that yet")
+            break
+    held = [g.name for g in GPUS.values() if needed(sizes, flags, 2, g) <= g.memory]
+    print(f"  one GPU that holds it today: {' '.join(held) or 'none of those known'}")
+
+
+def verdict(sizes, flags, gpu: GPU, nproc: int, line: Timeline) -> dict:
+    need = (line.reserved or line.peak) + gpu.context
+    ways = [] if need <= gpu.memory else advice(sizes, flags, width(flags), gpu, nproc)
+    return {"gpu": gpu.name, "capacity": gpu.memory, "needed": need, "fits": need <= gpu.memory, "changes": ways}
+
+
+def show_verdict(answer: dict, nproc: int) -> None:
+    room = (answer["capacity"] - answer["needed"]) / 1e9
+    each = f" on each of {nproc}" if nproc > 1 else ""
+    if answer["fits"]:
+        print(f"\nIt fits{each}: {answer['gpu']} has {answer['capacity'] / 1e9:.2f} GB and {room:.2f} GB stay free.")
+        return
+    print(
+        f"\nIt does not fit{each}: {answer['gpu']} has {answer['capacity'] / 1e9:.2f} GB, {-room:.2f} too few. What would help:"
+    )
+    for way in answer["changes"]:
+        print(f"  {way['bytes'] / 1e9:>8.2f} GB  {'fits' if way['fits'] else 'no':5} {way['change']}")
+
+
+def solve(what: str, sizes, flags, gpu: GPU, nproc: int) -> str:
+    """The largest batch or length, or the fewest GPUs, that fit: sought with the formula, confirmed with a simulation."""
+    b = width(flags)
+    if what == "gpus":
+        for count in (1, 2, 3, 4, 6, 8, 16, 32, 64):
+            size = needed(sizes, flags, b, gpu) if count == 1 else sharded(sizes, flags, b, gpu, count)
+            if size <= gpu.memory:
+                how = "" if count == 1 else " sharded with FSDP (by the formula; train.py cannot do that yet)"
+                return f"{count} x {gpu.name}{how}: {size / 1e9:.2f} GB each"
+        return f"no number of {gpu.name} up to 64: what is not sharded, activations and loss, is too much; --solve length"
+    name, step = ("per_device_train_batch_size", 1) if what == "batch" else ("model_max_length", 128)
+    most = 4096 if what == "batch" else sizes.max_seq_len
+
+    def fits(value):
+        return needed(sizes, replace(flags, **{name: value * step}), b, gpu, nproc) <= gpu.memory
+
+    low, high = 0, most // step
+    while low < high:  # the largest that fits lies in low..high
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    for value in range(low, max(0, low - 6), -1):
+        tried = replace(flags, **{name: value * step})
+        line = predict(rehearsals(tried, sizes, gpu), sizes.n_layers, gpu, nproc)
+        if line.reserved + gpu.context <= gpu.memory:
+            need = (line.reserved + gpu.context) / 1e9
+            return f"--{name} {value * step} is the largest on {gpu.name}: {need:.2f} of {gpu.memory / 1e9:.2f} GB, simulated"
+    if low == 0:
+        return f"not even --{name} {step} fits on {gpu.name}; without --solve this program says what would"
+    return f"--{name} {max(1, low - 6) * step} is near the limit of {gpu.name}: go on from there"
+
+
+class PureFp16:
+    """The starting document's run: every weight in fp16, textbook attention, AdamW straight on them. train.py refuses to
+    train so; here it is only counted."""
+
+    def __init__(self, sizes, tokens: int):
+        self.sizes, self.supervised = sizes, None
+        row = torch.zeros(tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
+
+    def build(self):
+        from model import random_model
+
+        self.model = random_model(self.sizes, device="cpu", dtype=torch.float16, attention="textbook")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        return self.model, self.optimizer
+
+    def step(self):
+        self.model(**self.row).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self):
+        pass
+
+    save = evaluate
+
+
+def reproduce() -> None:
+    """The starting document's sum (7B, 2,048 tokens, fp16, textbook attention) beside the count, and how it comes down."""
+    import train
+    from model import PRESETS
+
+    sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
+    line = predict(lambda layers: PureFp16(replace(sizes, n_layers=layers), 2048), sizes.n_layers)
+    flags = train.TrainConfig(method="full", optim="adamw_8bit", pure_bf16=True, attention="textbook", **base)
+    closed, counted = formula(sizes, flags, 2), simulated(line, sizes.n_layers)
+    rows = layer_rows(line)
+    first, middle = ("activations, first layer", "activations, middle layers")
+    weights = closed["weights"][1]
+    stated = [
+        ("weights", 13.5, weights, counted["weights"], "its norm weights were never registered: 266,240 numbers fewer"),
+        ("forward, first layer", 0.844, closed[first][1], counted[first], "what nvidia-smi rose by: allocator segments too"),
+        ("forward, each other layer", 0.760, closed[middle][1] / 30, counted[middle] / 30, "see below"),
+        ("  its rotation and fp16 softmax", 0.7172, None, None, "counted in its own setting"),
+        ("backward, a layer's gradients", 1.0, (weights - 4 * 32000 * 4096) / 32, rows[1]["backward_added"], "+ temporaries"),
+        ("all gradients", None, weights, counted["gradients"], ""),
+        ("AdamW's two moments", None, 2 * weights, 2 * counted["weights"], "left out of its sum: 2 x 13.5 GB"),
+        ("its sum / the peak", 69.904, None, counted["allocated peak"], "weights, moments, gradients and activations at once"),
+    ]
+    print(f"{'GB (10^9 bytes)':34}{'document':>9}{'formula':>9}{'simulated':>10}   difference")
+    for name, theirs, ours, seen, why in stated:
+        cells = ["" if x is None else f"{x:.3f}" for x in (theirs, ours and ours / 1e9, seen and seen / 1e9)]
+        print(f"{name:34}{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}   {why}")
+    square, copies, gradients = 32 * 2048 * 2048, 4 * 2048 * 4096 * 2, rows[1]["backward_added"] / 1e9
+    print(
+        f"\nA layer keeps {counted[middle] / 30 / 1e9:.3f} GB here and 0.7172 there. Here the softmax is taken in fp32 and kept beside "
+        f"its fp16 copy (+ {square * 4 / 1e9:.3f}), the\nmask is kept ({2048 * 2048 / 1e9:.3f}), and the rotation's copies are not "
+        f"({copies / 1e9:.3f}). The document read 0.760 off nvidia-smi, which shows the allocator's\nsegments and not its tensors. Its "
+        f"backward of about 1 GB a layer is the layer's gradients, {gradients:.3f} GB, and segments for temporaries;\nthe activations "
+        f"that backward frees meanwhile ({rows[1]['backward_freed'] / 1e9:.3f} a layer) are not subtracted. And its sum leaves out AdamW's "
+        f"two moments.\n\nThe same fine-tuning step by step (2,048 tokens, allocated peak on a GPU, GB):\n"
+    )
+    print(f"{'the document: its sum':62}{69.904:>9.2f}")
+    print(f"{'... with the AdamW moments it left out':62}{69.904 + 2 * weights / 1e9:>9.2f}")
+    pure = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}
+    steps = [
+        ("here: fp16 throughout, textbook attention, AdamW", None),
+        ("full, fp32 masters, flash attention: no T x T matrix", {"method": "full"}),
+        ("+ pure bf16 and 8-bit AdamW: 2 + 2 + 2 bytes a weight, not 18", pure),
+        ("+ gradient checkpointing: a block's input is kept, not its inside", pure | {"gradient_checkpointing": True}),
+        ("LoRA: no gradients and moments but the adapters'", {}),
+        ("+ gradient checkpointing", {"gradient_checkpointing": True}),
+        ("QLoRA + gradient checkpointing: the weights in 4 bits", {"method": "qlora", "quantize": "nf4"}),
+    ]
+    for text, flags in steps:
+        if flags is None:
+            print(f"{text:62}{line.peak / 1e9:>9.2f}")
+            continue
+        again = flags | ({"gradient_checkpointing": True} if flags.get("quantize") else {})
+        config = train.TrainConfig(**base, **again)
+        peak = predict(rehearsals(config, sizes, GENERIC), sizes.n_layers, GENERIC).peak
+        print(f"{text:62}{peak / 1e9:>9.2f}")
+
+
+def own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memory.py", add_help=False, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"memory.py: {message}\n")
+    parser.add_argument("--gpu", help=f"{' '.join(GPUS)}, or a size such as 80GB")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun, one a GPU")
+    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    parser.add_argument("--plot", metavar="out.png", help="draw the timeline (matplotlib)")
+    parser.add_argument("--solve", choices=["batch", "length", "gpus"], help="the largest, or the fewest, that fit --gpu")
+    parser.add_argument("--measure", action="store_true", help="run it on this machine's GPU as well, with random weights")
+    parser.add_argument("--reproduce", action="store_true", help="the starting document's table, and how it comes down")
+    return parser
+
+
+def main():
+    import train
+    from data import DataError, parse_flags
+    from lora import LoRAError
+    from model import PRESETS, CheckpointError, read_config
+
+    parser = own_flags()
+    mine, rest = parser.parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
+    try:
+        for flag in ("--fsdp", "--cpu_offload"):
+            if flag in rest and flag[2:] not in train.TrainConfig.__dataclass_fields__:
+                raise ValueError(f"{flag}: train.py cannot shard yet; --solve gpus estimates it by the formula")
+        if mine.reproduce:
+            return reproduce()
+        given = parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest)
+        name = given.get("model", "7b")
+        sizes = PRESETS.get(name) or read_config(name)
+        gpu = find_gpu(mine.gpu) if mine.gpu else None
+        if given.get("device") == "cpu" and (gpu or mine.nproc > 1):
+            raise ValueError("--device cpu takes neither --gpu nor --nproc")
+        on = None if given.get("device") == "cpu" else gpu or GENERIC
+        if mine.solve and not gpu:
+            raise ValueError("--solve needs --gpu, the GPU to fill")
+        if mine.nproc < 1:
+            raise ValueError(f"--nproc must be at least 1, not {mine.nproc}")
+        if gpu and not gpu.bf16 and (given.get("dtype") == "bf16" or given.get("pure_bf16")):
+            raise ValueError(f"{gpu.name} has no bf16: --dtype fp16, which is its default here, or another GPU")
+        if mine.measure and not torch.cuda.is_available():
+            raise ValueError("--measure: this machine has no CUDA device that PyTorch can use")
+        length = given.get("model_max_length", train.TrainConfig.model_max_length)
+        if length > sizes.max_seq_len:
+            raise ValueError(
+                f"--model_max_length {length} is more than the {sizes.max_seq_len} tokens the model was trained to read; for "
+                f"{length} tokens a row: --per_device_train_batch_size {-(-length // sizes.max_seq_len)} "
+                f"--model_max_length {sizes.max_seq_len}"
+            )
+
+        def make(method, **more):
+            computed = {} if given.get("dtype", "auto") != "auto" else {"dtype": on.dtype if on else "fp32"}
+            packed = {"quantize": "nf4"} if method == "qlora" else {}
+            return train.TrainConfig(**packed | train.with_tuples(given) | computed | more | {"method": method})
+
+        if "method" not in given and not mine.solve and not mine.measure and on:
+            rows = grid(sizes, make, on, mine.nproc)
+            return print(json.dumps({"model": name, "grid": rows})) if mine.json else show_grid(rows, sizes, make, on, mine.nproc)
+        flags = make(given.get("method", "lora"))
+        if mine.solve:
+            return print(solve(mine.solve, sizes, flags, gpu, mine.nproc))
+        line = predict(rehearsals(flags, sizes, on), sizes.n_layers, on, mine.nproc)
+        real = None
+        if mine.measure:
+            device = torch.device("cuda", 0)
+            real = measure(train.Rehearsal(flags, sizes, device), device)
+    except (ValueError, CheckpointError, DataError, LoRAError, OSError) as error:
+        parser.exit(2, f"memory.py: {error}\n")
+
+    counted, layers = simulated(line, sizes.n_layers), layer_rows(line)
+    measured = simulated(real, sizes.n_layers) if real else None
+    if measured:  # the allocator knows no kinds
+        measured = {k: v for k, v in measured.items() if k not in ("weights", "adapters", "gradients", "optimizer state")}
+    rows = breakdown(formula(sizes, flags, width(flags), on, mine.nproc), counted, measured, line, on, real)
+    answer = verdict(sizes, flags, gpu, mine.nproc, line) if gpu else None
+    top = line.highest()
+    if mine.json:
+        keys = ("formula", "simulated", "measured")
+        ends = {"allocated": "allocated peak", "reserved": "reserved", "nvidia_smi": "nvidia-smi"}
+        totals = {short: {key: rows.get(long, {}).get(key) for key in keys} for short, long in ends.items()}
+        terms = {k: {key: row.get(key) for key in keys} for k, row in rows.items() if k not in ends.values()}
+        print(
+            json.dumps(
+                {"model": name, "method": flags.method, "flags": asdict(flags), "terms": terms, "per_layer": layers}
+                | {"peak": totals, "peak_phase": f"{top.part}, {top.name}", "verdict": answer}
+            )
+        )
+    else:
+        tokens = flags.per_device_train_batch_size * flags.model_max_length
+        where = f"{on.name}" if on else "a CPU"
+        print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
+        show_breakdown(rows)
+        print(f"\nThe peak is in the {top.part}, {top.name}.")
+        show_layers(layers)
+        show_timeline(line)
+        if answer:
+            show_verdict(answer, mine.nproc)
+        elif on:
+            held = [g.name for g in GPUS.values() if line.reserved + g.context <= g.memory]
+            print(f"\nGPUs that hold it: {' '.join(held) or 'none of those known'}; --gpu NAME says by how much, or what helps.")
+    if mine.plot:
+        try:
+            plot(line, mine.plot, gpu, f"{name}, {flags.method}")
+        except ImportError:
+            parser.exit(2, "memory.py: --plot needs matplotlib: pip install matplotlib\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -283,7 +283,9 @@ def random_model(config: ModelConfig, *, device, dtype: torch.dtype, attention: 
         module = model.get_submodule(path)
         packed = quantize is not None and isinstance(module, nn.Linear) and module is not model.output
         if (weight.shape, packed) in drawn:
-            new = copy.deepcopy(drawn[weight.shape, packed])
+            old = drawn[weight.shape, packed]
+            parts = old.parameters() if packed else [old]
+            new = copy.deepcopy(old, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parts})
         else:
             values = torch.randn(weight.shape, device=device, dtype=dtype).mul_(0.02).add_(weight.dim() == 1)
             new = drawn[weight.shape, packed] = quantize(values) if packed else nn.Parameter(values)
