@@ -51,8 +51,9 @@ from data import (
     parse_flags,
     read_dialogs,
 )
-from generate import TINY, answer, pick_device, pick_dtype
+from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
+from memory import GPU, Timeline, Tracker, advice, explain_out_of_memory, formula, predict
 from model import (
     CheckpointError,
     Llama,
@@ -465,6 +466,69 @@ class Rehearsal:
         return self.row
 
 
+class Memory:
+    """What memory.py says of this run: the peak predicted before it, measured in it, and why it ran out, if it did.
+
+    On a GPU the allocator's own count is the measure; on a CPU the first two steps are run inside a tracker."""
+
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, data: Data, device: torch.device, workers: Workers):
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == computed_in(config, device))
+        self.config, self.sizes, self.device, self.world = dataclasses.replace(config, dtype=dtype), sizes, device, workers.world
+        self.counted, self.gpu = Tracker(), None
+        if device.type == "cuda":
+            found = torch.cuda.get_device_properties(device)
+            hopper = {"workspace": 2**25} if found.major >= 9 else {}
+            self.gpu = GPU(found.name, found.total_memory, bf16=dtype != "fp16", **hopper)
+        counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
+        self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
+
+    def predict(self) -> str:
+        """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
+        varlen = self.gpu is not None and self.config.attention == "sdpa" and self.config.dtype != "fp32"
+
+        def rehearse(layers):
+            sizes = dataclasses.replace(self.sizes, n_layers=layers)
+            return Rehearsal(self.config, sizes, torch.device("cpu"), varlen, self.supervised)
+
+        self.line: Timeline | None = None
+        try:
+            self.line = predict(rehearse, self.sizes.n_layers, self.gpu, self.world)
+        except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
+            return f"memory: not predicted, {str(error).splitlines()[0]}"
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest().name}"
+        if self.gpu:
+            needed = self.line.reserved + self.gpu.context
+            text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
+            if needed > self.gpu.memory:
+                text += f"\nwarning: that does not fit. {self.explained(0)}"
+        return text
+
+    def watched(self, model: Llama, optimizer, micro_batches):
+        """The tracker to run a step in, told of what is there already."""
+        there = [*model.parameters(), *(x for batch in micro_batches for x in batch.values())]
+        there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        for tensor in there:
+            self.counted.watch(tensor)
+        return self.counted
+
+    def measured(self) -> str:
+        measured, how = self.counted.peak, "counted in the first two steps"
+        if self.gpu:
+            measured, how = torch.cuda.max_memory_allocated(self.device), "measured"
+            how += f" ({torch.cuda.max_memory_reserved(self.device) / 1e9:.3f} reserved)"
+        if not measured or not self.line:
+            return ""
+        error = self.line.peak / measured - 1
+        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
+
+    def explained(self, in_use: int) -> str:
+        b = 4 if self.config.dtype == "fp32" else 2
+        terms = {name: size for name, (_, size) in formula(self.sizes, self.config, b, self.gpu, self.world).items()}
+        peak = self.line.peak if self.line else terms["allocated peak"]
+        ways = advice(self.sizes, self.config, b, self.gpu, self.world)
+        return explain_out_of_memory(terms, peak, self.gpu.memory, in_use, ways)
+
+
 class Exam:
     """Held-out prompts, asked before and after training: the few that samples.md shows, or with exact_match all."""
 
@@ -680,7 +744,8 @@ def train(config: TrainConfig) -> list[dict]:
     say = print if workers.rank == 0 else lambda *_, **__: None
     folder = Path(config.output_dir)
     check_folder(config, folder)
-    window = read_config(config.model).max_seq_len
+    sizes = read_config(config.model)
+    window = sizes.max_seq_len
     if config.model_max_length > window:
         raise RunError(
             f"--model_max_length {config.model_max_length} is more than the {window} tokens the model was trained to read"
@@ -689,6 +754,19 @@ def train(config: TrainConfig) -> list[dict]:
     # Read and build.
     data = read_data(config, say)
     dtype = computed_in(config, device)
+    memory = Memory(config, sizes, data, device, workers)
+    if workers.rank == 0:
+        say(memory.predict())
+    try:
+        return run(config, device, workers, data, dtype, memory, say)
+    except torch.OutOfMemoryError:
+        in_use = torch.cuda.max_memory_allocated(device)
+        raise RunError(memory.explained(in_use)) from None
+
+
+def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.dtype, memory: Memory, say) -> list[dict]:
+    """Build, loop, save: what may run out of a GPU's memory."""
+    folder = Path(config.output_dir)
     model = build(config, device)
     pieces, known = data.tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
@@ -760,6 +838,8 @@ def train(config: TrainConfig) -> list[dict]:
                 save("best", step)
 
     # The loop.
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model.train()
     if start == 0:
         run_evaluation(0)
@@ -773,9 +853,11 @@ def train(config: TrainConfig) -> list[dict]:
             micro_batches = [data.batches.batch(epoch, index) for index in indices]
             torch.manual_seed(step_seed(config.seed, step, workers.rank))
             rate = learning_rate(config, step - 1, total, peak)
-            loss, grad_norm, supervised = training_step(
-                config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
-            )
+            counting = device.type == "cpu" and workers.world == 1 and step <= start + 2
+            with memory.watched(model, optimizer, micro_batches) if counting else contextlib.nullcontext():
+                loss, grad_norm, supervised = training_step(
+                    config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
+                )
             seconds += time.perf_counter() - began
             tokens += workers.world * sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)
             logged = step % config.logging_steps == 0 or step == total
@@ -803,6 +885,9 @@ def train(config: TrainConfig) -> list[dict]:
         found = checkpoints(folder)
         rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved"
         raise KeyboardInterrupt(f"stopped in step {step} of {total}; {rest}") from None
+
+    if workers.rank == 0 and (text := memory.measured()):
+        say(text)
 
     # Save, then ask again.
     if config.load_best_model_at_end:
