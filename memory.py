@@ -643,17 +643,22 @@ def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
     def rise(name):
         return phases[name].peak.total() - phases[name].start.total()
 
-    return {kind: top[kind] for kind in ("weights", "adapters", "cuBLAS workspace", "DDP buckets") if kind in top} | {
-        "gradients": max(phase.peak["gradients"] for phase in phases.values()),
-        "optimizer state": phases["between steps"].end["optimizer state"],
-        "activations, first layer": kept(0),
-        "activations, middle layers": sum(kept(i) for i in range(1, n_layers - 1)),
-        "activations, last layer": kept(n_layers - 1) if n_layers > 1 else 0,
-        "logits and loss": rise("loss"),
-        "a block's backward": rise(f"backward {n_layers - 1}"),
-        "optimizer's work": rise("optimizer"),
-        "allocated peak": line.peak - line.tails,
-    }
+    stays = {kind: top[kind] for kind in ("weights", "adapters")}
+    return (
+        stays
+        | {kind: top[kind] for kind in ("cuBLAS workspace", "DDP buckets") if kind in top}
+        | {
+            "gradients": max(phase.peak["gradients"] for phase in phases.values()),
+            "optimizer state": phases["between steps"].end["optimizer state"],
+            "activations, first layer": kept(0),
+            "activations, middle layers": sum(kept(i) for i in range(1, n_layers - 1)),
+            "activations, last layer": kept(n_layers - 1) if n_layers > 1 else 0,
+            "logits and loss": rise("loss"),
+            "a block's backward": rise(f"backward {n_layers - 1}"),
+            "optimizer's work": rise("optimizer"),
+            "allocated peak": line.peak - line.tails,
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_the_prediction_is_the_count_of_the_real_run_to_the_byte(name):
     assert real.peak == fake.peak == watch(rehearsal(RUNS[name], sizes), True).peak > 10**5
 
 
-@pytest.mark.parametrize("name", ["lora", "lora-accumulation", "qlora-checkpointing", "full-masters", "full-pure-bf16"])
+@pytest.mark.parametrize("name", ["lora-accumulation", "qlora-checkpointing", "full-masters", "full-pure-bf16"])
 def test_a_deep_model_follows_from_two_shallow_ones_to_the_byte(name):
     deep = timeline(watch(rehearsal(RUNS[name], SIZES), True).diary)
     assert as_plain(predict(lambda n: rehearsal(RUNS[name], replace(SIZES, n_layers=n)), 9)) == as_plain(deep)
@@ -151,7 +151,6 @@ def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():
 
 COMPARED = [
     ("7b", {}, 2048),
-    ("7b", {}, 4096),
     ("1b", AGAIN, 1024),
     ("7b", QLORA, 1024),
     ("7b", QLORA | AGAIN, 2048),
@@ -161,7 +160,6 @@ COMPARED = [
     ("1b", FULL, 2048),
     ("7b", FULL | AGAIN, 2048),
     ("7b", PURE, 4096),
-    ("1b", PURE | AGAIN, 2048),
     ("1b", {"gradient_accumulation_steps": 2}, 1024),
     ("1b", {"attention": "textbook"}, 1024),
 ]
@@ -238,7 +236,8 @@ def test_the_largest_batch_fits_and_is_the_largest():
     flags = replace(rehearsal({"dtype": "bf16"}, PRESETS["125m"], 1024).config, per_device_train_batch_size=batch)
     gpu = find_gpu("8GB")
     needs = [
-        memory.needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), 2, gpu) for size in (batch, batch + 1 + batch // 4)
+        memory.needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), 2, gpu)
+        for size in (batch, batch + 1 + batch // 4)
     ]
     assert needs[0] <= gpu.memory < needs[1]
 
