@@ -13,7 +13,7 @@ which have shapes and storages but no numbers (7B takes a few seconds and no GPU
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
 alive. Beside it stands `formula`, the same in closed form, to be checked by hand; and, with --measure, what a GPU really took.
 
-Two things shorten the work. The layers of a Llama are alike, so 3 and 6 of them are run and the rest follows by a straight line,
+Two things shorten the work. The layers of a Llama are alike, so 4 and 8 of them are run and the rest follows by a straight line,
 exact to the byte. And what a fake tensor cannot show of a GPU is modelled in named terms: cuBLAS's workspace, the scratch
 of flash attention's backward, the caching allocator (its rules are replayed on the diary), the CUDA context.
 
@@ -110,13 +110,13 @@ class Tracker(TorchDispatchMode):
     def _without_numbers(self, op, args):
         """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens. How many positions
         have a label: all, the most it can be, or as many as the caller knows of."""
-        if not any(isinstance(x, FakeTensor) for x in tree_leaves(args)):
+        number = op is torch.ops.aten._local_scalar_dense.default
+        masked = op is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool
+        if not (number or masked) or not any(isinstance(x, FakeTensor) for x in tree_leaves(args)):
             return None
-        if op is torch.ops.aten._local_scalar_dense.default:
+        if number:
             return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 0.0)
-        if op is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
-            return args[0][: self.supervised].clone()
-        return None
+        return args[0][: self.supervised].clone()
 
 
 def follow(recorder, model, optimizer) -> None:
@@ -424,7 +424,7 @@ def watch(run, dry: bool, gpu: GPU | None = None, nproc: int = 1) -> Tracker:
     return tracker
 
 
-FEW = (3, 6)
+FEW = (4, 8)
 
 
 def predict(rehearse, n_layers: int, gpu: GPU | None = None, nproc: int = 1) -> Timeline:

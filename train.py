@@ -525,8 +525,9 @@ class Memory:
         b = 4 if self.config.dtype == "fp32" else 2
         terms = {name: size for name, (_, size) in formula(self.sizes, self.config, b, self.gpu, self.world).items()}
         peak = self.line.peak if self.line else terms["allocated peak"]
-        ways = advice(self.sizes, self.config, b, self.gpu, self.world)
-        return explain_out_of_memory(terms, peak, self.gpu.memory, in_use, ways)
+        gpu = self.gpu or GPU("this machine", 0)
+        ways = advice(self.sizes, self.config, b, gpu, self.world)
+        return explain_out_of_memory(terms, peak, gpu.memory, in_use, ways)
 
 
 class Exam:
@@ -760,7 +761,7 @@ def train(config: TrainConfig) -> list[dict]:
     try:
         return run(config, device, workers, data, dtype, memory, say)
     except torch.OutOfMemoryError:
-        in_use = torch.cuda.max_memory_allocated(device)
+        in_use = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.counted.live
         raise RunError(memory.explained(in_use)) from None
 
 
