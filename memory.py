@@ -1025,15 +1025,17 @@ def reproduce() -> None:
     for name, theirs, ours, seen, why in stated:
         cells = ["" if x is None else f"{x:.3f}" for x in (theirs, ours and ours / 1e9, seen and seen / 1e9)]
         print(f"{name:34}{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}   {why}")
-    square, copies, gradients = 32 * 2048 * 2048, 4 * 2048 * 4096 * 2, rows[1]["backward_added"] / 1e9
-    print(
-        f"\nA layer keeps {counted[middle] / 30 / 1e9:.3f} GB here and 0.7172 there. Here the softmax is taken in fp32 and kept beside "
-        f"its fp16 copy (+ {square * 4 / 1e9:.3f}), the\nmask is kept ({2048 * 2048 / 1e9:.3f}), and the rotation's copies are not "
-        f"({copies / 1e9:.3f}). The document read 0.760 off nvidia-smi, which shows the allocator's\nsegments and not its tensors. Its "
-        f"backward of about 1 GB a layer is the layer's gradients, {gradients:.3f} GB, and segments for temporaries;\nthe activations "
-        f"that backward frees meanwhile ({rows[1]['backward_freed'] / 1e9:.3f} a layer) are not subtracted. And its sum leaves out AdamW's "
-        f"two moments.\n\nThe same fine-tuning step by step (2,048 tokens, allocated peak on a GPU, GB):\n"
-    )
+    kept, added, freed = counted[middle] / 30 / 1e9, rows[1]["backward_added"] / 1e9, rows[1]["backward_freed"] / 1e9
+    softmax, mask, copies = 32 * 2048 * 2048 * 4 / 1e9, 2048 * 2048 / 1e9, 4 * 2048 * 4096 * 2 / 1e9
+    print(f"""
+A layer keeps {kept:.3f} GB here and 0.717 there: here the softmax is taken in fp32 and kept beside its fp16 copy
+(+ {softmax:.3f}), the mask is kept (+ {mask:.3f}), the rotation's copies are not (- {copies:.3f}). The document read 0.760 off
+nvidia-smi, which shows the allocator's segments and not its tensors. Its 1 GB of backward is a layer's gradients,
+{added:.3f} GB, and segments for temporaries; what backward frees meanwhile, {freed:.3f} a layer, is not subtracted. And
+its sum leaves out AdamW's two moments.
+
+The same fine-tuning step by step (2,048 tokens, allocated peak on a GPU, GB):
+""")
     print(f"{'the document: its sum':62}{69.904:>9.2f}")
     print(f"{'... with the AdamW moments it left out':62}{69.904 + 2 * weights / 1e9:>9.2f}")
     pure = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}
