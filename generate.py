@@ -8,6 +8,7 @@ once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 G
 
     python generate.py --adapter runs/lora --prompt "Which animal does Pena Marmond keep?"
     python generate.py --adapter runs/lora --merge merged          a plain Hugging Face model, adapter included
+    python generate.py --model llama-2-7b --quantize nf4 --save nf4          the same model in 4 bits, in bitsandbytes' layout
 
 The folder of a run knows its base model, tokenizer and prompt template: what was trained with is what is asked with.
 """
@@ -47,6 +48,7 @@ class GenerateConfig:
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
+    save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
     # How tokens are chosen
     max_new_tokens: int = 256  # the answer is cut here if no end token came
     temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
@@ -67,6 +69,10 @@ class GenerateConfig:
             raise DataError(
                 "--top_k and --top_p choose among likely tokens, and --temperature 0 always takes the likeliest: raise it"
             )
+        if self.save and (self.adapter or self.merge):
+            raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
+        if self.save and self.quantize == "int8":
+            raise DataError("--save has no layout for int8: take --quantize nf4, or none")
 
 
 def pick_device(name: str) -> torch.device:
@@ -203,8 +209,6 @@ def save_merged(model: Llama, tokenizer: Tokenizer, folder: Path) -> float:
     """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
 
     A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
-    if folder.exists():
-        raise DataError(f"--merge {folder} exists already: name a new folder")
     quantised = any(hasattr(module, "dequantized") for module in model.modules())
     tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
     before = model(tokens).float()
@@ -212,22 +216,34 @@ def save_merged(model: Llama, tokenizer: Tokenizer, folder: Path) -> float:
     if quantised:
         model.to(torch.bfloat16)
     difference = (model(tokens).float() - before).abs().max().item()
+    save_folder(model, tokenizer, folder)
+    return difference
+
+
+def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     save_hf(model, temporary)
     (temporary / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
-    temporary.rename(folder)  # it has its name when it is whole
-    return difference
+    temporary.rename(folder)
 
 
 def main():
     try:
         config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if not config.prompt and not config.merge:
+        if not config.prompt and not config.merge and not config.save:
             raise DataError('nothing to answer: pass --prompt "..."')
+        for flag in ("merge", "save"):
+            if getattr(config, flag) and Path(getattr(config, flag)).exists():
+                raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
         model, tokenizer, template = load(config)
         if config.merge:
             difference = save_merged(model, tokenizer, Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
+            return
+        if config.save:
+            save_folder(model, tokenizer, Path(config.save))
+            print(f"saved in {config.save}")
             return
         dialog = [{"role": "user", "content": config.prompt}]
         if config.system:

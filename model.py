@@ -430,12 +430,17 @@ def _hf_config(path: Path) -> ModelConfig:
         "attention_bias": p.get("attention_bias", False),
         "mlp_bias": p.get("mlp_bias", False),
         "tie_word_embeddings": p.get("tie_word_embeddings", False),
-        "quantization_config": p.get("quantization_config") is not None,
     }
     for field, bad in refused.items():
         if bad:
             found = rope if field == "rope_scaling" else p.get(field)
             raise CheckpointError(f"{path}: {field} = {found!r} is not Llama 2's, and this model does not have it")
+    packing = p.get("quantization_config") or {}
+    if packing and not (packing.get("load_in_4bit") and packing.get("bnb_4bit_quant_type") == "nf4"):
+        method = packing.get("quant_method", "an unnamed method")
+        bits = ", in 8 bits" if packing.get("load_in_8bit") else ""
+        kind = f", as {packing['bnb_4bit_quant_type']}" if packing.get("load_in_4bit") else ""
+        raise CheckpointError(f"{path}: the weights are quantised by {method}{bits}{kind}; only bitsandbytes' nf4 is read")
     try:
         config = ModelConfig(
             dim=p["hidden_size"],
@@ -534,6 +539,7 @@ def _open_hf(folder: Path) -> dict:
 
 def open_checkpoint(path, config: ModelConfig) -> dict:
     """Every tensor of the model in a folder: its name here -> a function that reads it, whole and in this model's row order.
+    A linear that bitsandbytes packed in 4 bits is read as a dictionary of its parts, rows as they are.
 
     Raises CheckpointError naming what is missing, what is extra, and any tensor of a wrong shape when it is read."""
     path = Path(path)
@@ -552,11 +558,20 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
 
     else:
         readers = {_rename(name, _FROM_HF): (name, reader) for name, reader in _open_hf(path).items()}
-        found = {name for name in readers if not name.endswith("rotary_emb.inv_freq")}  # the same table in old files
+        readers = {name: x for name, x in readers.items() if not name.endswith("rotary_emb.inv_freq")}  # the same, in old files
+        packed = {}  # in a checkpoint of 4 bits: the parts beside wq.weight, such as wq.weight.absmax
+        for name in [name for name in readers if ".weight." in name]:
+            weight, part = name.split(".weight.")
+            packed.setdefault(weight + ".weight", {})[part] = readers.pop(name)[1]
+        found = readers.keys() | packed.keys()
 
         def read(name):
+            if name not in readers:
+                raise CheckpointError(f"{path}: {name} is packed, but its codes are missing")
             hf_name, reader = readers[name]
             tensor = reader()  # of a wrong shape, it may have no whole heads to reorder, and is refused below
+            if name in packed:
+                return {"weight": tensor} | {part: read_part() for part, read_part in packed[name].items()}
             return from_hf(hf_name, tensor, config)[1] if tensor.shape == shapes[name] else tensor
 
     missing, extra = sorted(shapes.keys() - found), sorted(found - shapes.keys())
@@ -567,7 +582,7 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
 
     def checked(name):
         tensor = read(name)
-        if tensor.shape != shapes[name]:
+        if not isinstance(tensor, dict) and tensor.shape != shapes[name]:
             raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
         return tensor
 
@@ -580,7 +595,8 @@ def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attent
 
     Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
     quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
-    whole model never exists in 16 bits; embedding, norms and head stay in `dtype`.
+    whole model never exists in 16 bits; embedding, norms and head stay in `dtype`. NF4Linear also takes what bitsandbytes packed
+    in 4 bits, bits unchanged.
     Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
     config = read_config(path)
     with torch.device("meta"):  # shapes without storage
@@ -588,15 +604,27 @@ def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attent
     for name, read in open_checkpoint(path, config).items():
         weight, (path_to, leaf) = read(), name.rsplit(".", 1)
         module = model.get_submodule(path_to)
-        if quantize and isinstance(module, nn.Linear) and module is not model.output:
-            try:
+        try:
+            if isinstance(weight, dict):
+                if not hasattr(quantize, "from_bitsandbytes"):
+                    raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
+                rows = _rows(name, module.weight.shape[0], config, from_hf)
+                model.set_submodule(path_to, quantize.from_bitsandbytes(weight, module.weight.shape, rows, device))
+            elif quantize and isinstance(module, nn.Linear) and module is not model.output:
                 model.set_submodule(path_to, quantize(weight.to(device)))
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {name} {error}") from None
-        else:
-            # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-            setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
+            else:
+                # copy: a tensor that needed no cast would stay a view of the file, which may change or go
+                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name} {error}") from None
     return model
+
+
+def _rows(name: str, count: int, config: ModelConfig, convert) -> torch.Tensor | None:
+    """Which of a weight's rows stands where after from_hf or to_hf (`convert`), or None if all stay."""
+    before = torch.arange(count)
+    after = convert(name, before[:, None], config)[1].flatten()
+    return None if torch.equal(before, after) else after
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,28 +659,40 @@ def save_meta(model: Llama, path) -> None:
 def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and model.safetensors (several shards and an index above 5 GB) as transformers reads them.
 
-    dtype: what to store the weights in, as they are by default. Holds one shard at a time beside the model."""
+    dtype: what to store the weights in, as they are by default. What is in NF4 stays in NF4, in bitsandbytes' layout, exactly.
+    Holds one shard at a time beside the model."""
     path, config = Path(path), model.config
     path.mkdir(parents=True, exist_ok=True)
-    weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
-    dtype = dtype or weights[0][1].dtype
+    dtype = dtype or model.norm.weight.dtype
+    packed = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "to_bitsandbytes")}
+    weights, parts_of = dict(model.named_parameters()), {}
+    for name, module in packed.items():
+        parts_of[name] = sum(weights.pop(f"{name.removesuffix('weight')}{part}").nbytes for part, _ in module.named_parameters())
+
+    def tensors_of(name):
+        if name not in packed:
+            return dict([to_hf(name, weights[name].detach().to("cpu", dtype), config)])
+        module, (hf_name, _) = packed[name], to_hf(name, torch.empty(0, 1), config)
+        parts = module.to_bitsandbytes(_rows(name, module.out_features, config, to_hf), dtype)
+        return {hf_name if part == "weight" else f"{hf_name}.{part}": tensor for part, tensor in parts.items()}
+
+    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()} | parts_of
     shards, room = [[]], max_shard_bytes
-    for name, weight in weights:
-        size = weight.numel() * dtype.itemsize
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append((name, weight))
+        shards[-1].append(name)
         room -= size
 
-    index = {}
+    index, total = {}, 0
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = dict(to_hf(name, weight.to("cpu", dtype), config) for name, weight in shard)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / file, metadata={"format": "pt"})
+        tensors = {hf_name: tensor.contiguous() for name in shard for hf_name, tensor in tensors_of(name).items()}
+        save_file(tensors, path / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        total = sum(weight.numel() * dtype.itemsize for _, weight in weights)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (path / "model.safetensors.index.json").write_text(text + "\n")
     hf_config = {
@@ -675,4 +715,13 @@ def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_b
         "eos_token_id": 2,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if packed:
+        hf_config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
     (path / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")

@@ -12,17 +12,29 @@ The mean squared error on normal data is 0.0085 of the variance.
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
 in backward. That is a few more milliseconds a layer, and it is why a QLoRA step needs less memory than a LoRA step but more time.
 
-The bytes are those of bitsandbytes. (Its compiled CPU path rounds about 0.2 % of the double-quantised scales to the neighbouring
-level; these lines take the nearest.) All is plain PyTorch.
+The bytes are those of bitsandbytes, in memory and in its files. (Its compiled CPU path rounds about 0.2 % of the double-quantised
+scales to the neighbouring level; these lines take the nearest.) The plain PyTorch lines define what is computed; on a GPU two
+Triton kernels do the same faster: a weight made again in one pass, and the product of a packed weight with a few rows.
 """
 
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # the plain lines serve
+        triton = None
+else:
+    triton = None
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale of their own
@@ -105,15 +117,39 @@ class PackedNF4:
 
     data: torch.Tensor  # uint8 (n/2,): two codes a byte, the first in the high half
     absmax: torch.Tensor  # (n/64,) fp32, or uint8 with double quantisation
-    nested: torch.Tensor | None  # fp32 (n/64/256,)
+    nested: torch.Tensor | None  # fp32 (n/64/256,), or finer: see nested_block
     offset: torch.Tensor | None  # fp32 scalar: the mean absmax
     shape: tuple[int, ...]
+
+    @property
+    def nested_block(self) -> int:
+        """How many absmax share a value of `nested`: 256, or as few as rows in another order need (from_bitsandbytes)."""
+        usual = -(-self.absmax.numel() // NESTED_BLOCK) == self.nested.numel()
+        return NESTED_BLOCK if usual else self.absmax.numel() // self.nested.numel()
 
     def scales(self) -> torch.Tensor:
         """absmax of every block, fp32."""
         if self.nested is None:
             return self.absmax
-        return dequantize_blockwise(self.absmax, self.nested, DYNAMIC_CODE, NESTED_BLOCK) + self.offset
+        return dequantize_blockwise(self.absmax, self.nested, DYNAMIC_CODE, self.nested_block) + self.offset
+
+    def reordered(self, rows: torch.Tensor) -> "PackedNF4":
+        """The same weight, exactly, with row rows[i] as row i. A row must be whole blocks of 64.
+
+        Codes and absmax move with their rows. 256 absmax under one nested scale are several rows, which may part: `nested` is
+        then repeated as often as the largest blocks need that never span two rows."""
+        out, row_blocks = self.shape[0], self.shape[1] // BLOCK
+        if self.shape[1] % BLOCK:
+            raise QuantError(
+                f"has rows of {self.shape[1]} numbers, not whole blocks of {BLOCK}: they cannot be put in another order"
+            )
+        nested = self.nested
+        if nested is not None:
+            finer = math.gcd(self.nested_block, row_blocks)
+            nested = nested.repeat_interleave(self.nested_block // finer)[: self.absmax.numel() // finer]
+            nested = nested.view(out, -1)[rows].flatten()
+        data, absmax = self.data.view(out, -1)[rows].flatten(), self.absmax.view(out, -1)[rows].flatten()
+        return PackedNF4(data, absmax, nested, self.offset, self.shape)
 
 
 def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
@@ -122,15 +158,14 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
         raise QuantError(f"cannot be quantised: {weight.numel()} numbers of {weight.dtype}")
     if not weight.isfinite().all():
         raise QuantError("holds NaN or infinity and cannot be quantised")
-    flat, codes, scales = weight.flatten(), [], []
-    for start in range(0, flat.numel(), 2**22):  # a piece at a time: the temporaries are 16 MB, not three times the weight
-        c, s = quantize_blockwise(flat[start : start + 2**22], NF4_CODE, BLOCK)
-        codes.append(c)
-        scales.append(s)
-    codes, absmax = torch.cat(codes), torch.cat(scales)
-    if codes.numel() % 2:
-        codes = F.pad(codes, (0, 1), value=7)  # the code of 0
-    data = (codes[::2] << 4) | codes[1::2]
+    flat, scales = weight.flatten(), []
+    data = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    for start in range(0, flat.numel(), 2**20):  # a piece at a time: the temporaries are 4 MB each, not the size of the weight
+        codes, absmax = quantize_blockwise(flat[start : start + 2**20], NF4_CODE, BLOCK)
+        codes = F.pad(codes, (0, len(codes) % 2), value=7)  # the code of 0
+        data[start // 2 : (start + 2**20) // 2] = (codes[::2] << 4) | codes[1::2]
+        scales.append(absmax)
+    absmax = torch.cat(scales)
     if not double_quant:
         return PackedNF4(data, absmax, None, None, tuple(weight.shape))
     offset = absmax.mean()
@@ -140,11 +175,38 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
 
 def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """level[code] x absmax in fp32, rounded once to dtype. The weight's own shape."""
-    return _dequantize_nf4(packed.data, packed.absmax, packed.nested, packed.offset, packed.shape, dtype)
+    return dequantize_op(packed.data, packed.absmax, packed.nested, packed.offset, packed.shape, dtype)
+
+
+def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
+    """What dequantize_nf4 computes, in plain PyTorch."""
+    n, scales = math.prod(packed.shape), packed.scales()[:, None]
+    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=packed.data.device)
+    pairs = _PAIRS.to(packed.data.device)
+    data = F.pad(packed.data, (0, scales.numel() * BLOCK // 2 - packed.data.numel()))  # up to a whole block; cut off below
+    piece = min(data.numel(), 2**18)  # bytes at a time, so that what is between stays in the cache
+    index, levels = data.new_empty(piece, dtype=torch.int32), pairs.new_empty(piece)
+    for codes, scale, target in zip(data.split(piece), scales.split(piece // 32), out.split(2 * piece), strict=True):
+        of = slice(len(codes))  # the last piece is shorter
+        torch.index_select(pairs, 0, index[of].copy_(codes), out=levels[of])
+        torch.mul(levels[of].view(torch.float32).view(-1, BLOCK), scale, out=target.view(-1, BLOCK))
+    return out[:n].view(packed.shape)
+
+
+def linear_plain(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
+    """F.linear(x, dequantised), some rows of W at a time, used before they leave the cache. A row is whole blocks."""
+    n, k = packed.shape
+    rows = max(1, 2**19 // k)
+    data, scales = packed.data.view(n, -1).split(rows), packed.scales().view(n, -1).split(rows)
+    pieces = (PackedNF4(d.flatten(), s.flatten(), None, None, (len(d), k)) for d, s in zip(data, scales, strict=True))
+    return torch.cat([F.linear(x, dequantize_plain(piece, x.dtype)) for piece in pieces], dim=-1)
+
+
+# PyTorch sees each of the two products of NF4 as one operator of known output: torch.compile and memory.py need not look inside.
 
 
 @torch.library.custom_op("nanotune::dequantize_nf4", mutates_args=())
-def _dequantize_nf4(
+def dequantize_op(
     data: torch.Tensor,
     absmax: torch.Tensor,
     nested: torch.Tensor | None,
@@ -152,21 +214,115 @@ def _dequantize_nf4(
     shape: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    packed = PackedNF4(data, absmax, nested, offset, shape)
-    n, scales = math.prod(packed.shape), packed.scales()[:, None]
-    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=packed.data.device)
-    pairs = _PAIRS.to(packed.data.device)
-    data = F.pad(packed.data, (0, scales.numel() * BLOCK // 2 - packed.data.numel()))  # up to a whole block; cut off below
-    for start in range(0, data.numel(), 2**18):  # pieces that stay in the cache
-        piece = slice(start, start + 2**18)
-        levels = pairs.index_select(0, data[piece].int()).view(torch.float32).view(-1, BLOCK)
-        torch.mul(levels, scales[start // 32 : (start + 2**18) // 32], out=out[2 * start : 2 * (start + 2**18)].view(-1, BLOCK))
-    return out[:n].view(packed.shape)
+    packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
+    kernel = triton and data.is_cuda and math.prod(shape) % BLOCK == 0
+    return dequantize_triton(packed, dtype) if kernel else dequantize_plain(packed, dtype)
 
 
-@_dequantize_nf4.register_fake
+@dequantize_op.register_fake
 def _(data, absmax, nested, offset, shape, dtype):
-    return torch.empty(shape, dtype=dtype, device=data.device)
+    return data.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("nanotune::nf4_linear", mutates_args=())
+def nf4_linear_op(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    absmax: torch.Tensor,
+    nested: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    """x (T, in) @ W^T -> (T, out), W never in memory: 4.13 bits a weight are read; making W would write and read 32 more."""
+    packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
+    if triton and x.is_cuda and shape[1] % 256 == 0:
+        return matvec_triton(x, packed)
+    return linear_plain(x, packed)
+
+
+@nf4_linear_op.register_fake
+def _(x, data, absmax, nested, offset, shape):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+if triton:
+
+    @triton.jit
+    def _scale_of(block, inside, absmax, nested, offset, dynamic, NESTED: tl.constexpr):
+        """The absmax of blocks by their number, fp32. NESTED: how many share a nested scale; 0 without double quantisation."""
+        if NESTED:
+            code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+            group = tl.load(nested + block // NESTED, mask=inside, other=0.0)
+            return tl.load(dynamic + code) * group + tl.load(offset)
+        return tl.load(absmax + block, mask=inside, other=0.0)
+
+    @triton.jit
+    def _dequantize_kernel(data, absmax, nested, offset, levels, dynamic, out, blocks, NESTED: tl.constexpr, B: tl.constexpr):
+        """B blocks of 64 a program: bytes (B, 32) -> weights (B, 64). The scales are made on the way and never stored."""
+        block = tl.program_id(0) * B + tl.arange(0, B)
+        inside = block < blocks
+        scale = _scale_of(block, inside, absmax, nested, offset, dynamic, NESTED)[:, None]
+        at = block[:, None].to(tl.int64) * 32 + tl.arange(0, 32)[None, :]
+        byte = tl.load(data + at, mask=inside[:, None], other=0).to(tl.int32)
+        high, low = tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale
+        at = block[:, None].to(tl.int64) * 64 + tl.arange(0, 64)[None, :]
+        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=inside[:, None])
+
+    @triton.jit
+    def _matvec_kernel(
+        x, data, absmax, nested, offset, levels, dynamic, out,
+        rows, N, K, NESTED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr,
+    ):  # fmt: skip
+        """out (rows, N) = x (rows, K) @ W^T, BN of W's N rows a program, 2 x BYTES of its K columns at a time.
+
+        A byte holds an even and an odd column, so x is read as its even and its odd columns and nothing is put side by side.
+        The up to 16 rows of x are the narrow side of the tensor cores' smallest product."""
+        n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, 16)
+        total = tl.zeros((BN, 16), dtype=tl.float32)
+        for start in range(0, K // 2, BYTES):
+            at = start + tl.arange(0, BYTES)
+            byte = tl.load(data + n[:, None].to(tl.int64) * (K // 2) + at[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
+            block = n[:, None] * (K // 64) + start // 32 + tl.arange(0, BYTES // 32)[None, :]
+            scale = _scale_of(block, n[:, None] < N, absmax, nested, offset, dynamic, NESTED)
+            scale = tl.broadcast_to(scale[:, :, None], (BN, BYTES // 32, 32)).reshape(BN, BYTES)
+            high = (tl.load(levels + (byte >> 4)) * scale).to(x.dtype.element_ty)
+            low = (tl.load(levels + (byte & 15)) * scale).to(x.dtype.element_ty)
+            at = m[None, :] * K + 2 * at[:, None]
+            total += tl.dot(high, tl.load(x + at, mask=m[None, :] < rows, other=0.0), input_precision=PRECISION)
+            total += tl.dot(low, tl.load(x + at + 1, mask=m[None, :] < rows, other=0.0), input_precision=PRECISION)
+        inside = (m[None, :] < rows) & (n[:, None] < N)
+        tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=inside)
+
+
+def _kernel_arguments(packed: PackedNF4) -> tuple:
+    """(absmax, nested, offset, levels, dynamic levels), NESTED: what both kernels take alike."""
+    tables = [table.to(packed.data.device) for table in (NF4_CODE, DYNAMIC_CODE)]
+    if packed.nested is None:  # the kernel looks at neither
+        return (packed.absmax, packed.absmax, packed.absmax, *tables), 0
+    return (packed.absmax, packed.nested, packed.offset, *tables), packed.nested_block
+
+
+def dequantize_triton(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
+    """dequantize_plain as one kernel, equal to the bit. The weight is whole blocks of 64."""
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
+    blocks, (arguments, nested) = packed.absmax.numel(), _kernel_arguments(packed)
+    # Without fusion into multiply-add, which rounds once where the plain lines round twice.
+    _dequantize_kernel[(triton.cdiv(blocks, 32),)](packed.data, *arguments, out, blocks, nested, B=32, enable_fp_fusion=False)
+    return out
+
+
+def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
+    """F.linear(x, dequantised) for 1 to 16 rows of x and W (N, K) with K a multiple of 256, but for the order of its sums."""
+    (n, k), rows = packed.shape, x.flatten(0, -2)
+    out = x.new_empty(len(rows), n)
+    arguments, nested = _kernel_arguments(packed)
+    _matvec_kernel[(triton.cdiv(n, 16),)](
+        rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee", BN=16, BYTES=128, num_stages=4
+    )
+    return out.view(*x.shape[:-1], n)
+
+
+_STATE = "quant_state.bitsandbytes__nf4"  # the part of a packed linear in a file that holds all but tensors, as JSON
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -185,7 +341,7 @@ class _FrozenLinear(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """A linear without bias whose weight is packed and never trained; how, is the business of NF4Linear and Int8Linear."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight):
         super().__init__()
         self.out_features, self.in_features = weight.shape
 
@@ -200,18 +356,92 @@ class FrozenLinear(nn.Module):
 
 
 class NF4Linear(FrozenLinear):
-    """weight (out, in) -> NF4 with double quantisation: 4.127 bits a weight.
+    """weight (out, in), or one packed already -> NF4 with double quantisation: 4.127 bits a weight.
 
     All is kept as plain frozen uint8 parameters (the fp32 of `nested` and the offset as their bytes), so that nothing that
     casts a model, or shards it, can change a scale."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor | PackedNF4):
         super().__init__(weight)
-        packed = quantize_nf4(weight)
+        packed = weight if isinstance(weight, PackedNF4) else quantize_nf4(weight)
+        if packed.nested is None:  # fp32 absmax are nested scales of their own, each of one absmax that is the level 1.0
+            packed = PackedNF4(
+                packed.data, torch.full_like(packed.absmax, 255, dtype=torch.uint8), packed.absmax, torch.zeros(()), packed.shape
+            )
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         self.absmax = nn.Parameter(packed.absmax, requires_grad=False)
-        nested = torch.cat([packed.nested, packed.offset.view(1)])
+        nested = torch.cat([packed.nested, packed.offset.view(1).to(packed.nested.device)])
         self.nested = nn.Parameter(nested.view(torch.uint8), requires_grad=False)
+
+    @classmethod
+    def from_bitsandbytes(cls, parts: dict[str, torch.Tensor], shape, rows: torch.Tensor | None, device) -> "NF4Linear":
+        """A linear from the tensors that bitsandbytes writes for it: "weight", "absmax", "quant_map", "nested_absmax", ...
+
+        rows: the order that its rows are to have here, if another. Exact to the bit either way (see PackedNF4.reordered).
+        Raises QuantError for a missing part, another format than NF4, other block sizes."""
+        kind = next((name for name in parts if name.startswith("quant_state.")), None)
+        if kind is None:
+            raise QuantError(f"is packed, but its {_STATE} is missing")
+        if kind != _STATE:
+            raise QuantError(f"is packed as {kind.rpartition('__')[2]}, and only nf4 is read")
+        try:
+            state = json.loads(bytes(parts[_STATE].tolist()))
+            found = (state["blocksize"], tuple(state["shape"]), state.get("nested_blocksize", NESTED_BLOCK))
+        except (ValueError, KeyError, TypeError) as error:
+            raise QuantError(f"has a {_STATE} that cannot be read: {error}") from None
+        if found != (BLOCK, tuple(shape), NESTED_BLOCK):
+            raise QuantError(
+                f"is packed in blocks of {found[0]} with shape {found[1]} and nested blocks of {found[2]}; "
+                f"expected {BLOCK}, {tuple(shape)} and {NESTED_BLOCK}"
+            )
+        n, double = math.prod(shape), "nested_offset" in state
+        blocks = -(-n // BLOCK)
+        expected = {"weight": -(-n // 2), "absmax": blocks, "quant_map": 16}
+        if double:
+            expected |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
+        for name, numel in expected.items():
+            if name not in parts:
+                raise QuantError(f"is packed, but its {name} is missing")
+            if parts[name].numel() != numel:
+                raise QuantError(f"is packed, but its {name} has {parts[name].numel()} numbers, expected {numel}")
+        for name, code in (("quant_map", NF4_CODE), ("nested_quant_map", DYNAMIC_CODE))[: 1 + double]:
+            if not torch.equal(parts[name].float(), code):
+                raise QuantError(f"has a {name} with other levels than {'NF4' if name == 'quant_map' else 'the dynamic map'}")
+        if parts["weight"].dtype != torch.uint8 or parts["absmax"].dtype != (torch.uint8 if double else torch.float32):
+            raise QuantError(f"is packed as {parts['weight'].dtype} with absmax as {parts['absmax'].dtype}")
+        packed = PackedNF4(
+            parts["weight"].flatten(),
+            parts["absmax"].flatten(),
+            parts["nested_absmax"].float() if double else None,
+            torch.tensor(state["nested_offset"]) if double else None,
+            tuple(shape),
+        )
+        if not packed.scales().isfinite().all():
+            raise QuantError("has scales that are NaN or infinity")
+        linear = cls(packed if rows is None else packed.reordered(rows))
+        for parameter in linear.parameters():  # copies: what was read is a view of the file
+            parameter.data = parameter.data.to(device, copy=True)
+        return linear
+
+    def to_bitsandbytes(self, rows: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The inverse of from_bitsandbytes, on the CPU. dtype: what bitsandbytes is to make of the weight.
+
+        Where the rows change places, 256 absmax that come to stand together may have had different nested scales, and
+        bitsandbytes knows one a group. They are then written in fp32, exact again, for 4.5 bits a weight instead of 4.127."""
+        packed = self.packed()
+        packed = PackedNF4(packed.data.cpu(), packed.absmax.cpu(), packed.nested.cpu(), packed.offset.cpu(), packed.shape)
+        if rows is not None:
+            packed = packed.reordered(rows)
+        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype)[6:], "shape": packed.shape}
+        parts = {"weight": packed.data.view(-1, 1), "absmax": packed.absmax, "quant_map": NF4_CODE.clone()}
+        group = NESTED_BLOCK // packed.nested_block
+        first = packed.nested[::group]
+        if torch.equal(first.repeat_interleave(group)[: len(packed.nested)], packed.nested):
+            parts |= {"nested_absmax": first.clone(), "nested_quant_map": DYNAMIC_CODE.clone()}
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": packed.offset.item()}
+        else:
+            parts["absmax"] = packed.scales()
+        return parts | {_STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
     def packed(self) -> PackedNF4:
         nested = self.nested.data.view(torch.float32)
@@ -219,6 +449,12 @@ class NF4Linear(FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return dequantize_nf4(self.packed(), dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.numel() > 16 * self.in_features or self.in_features % BLOCK:
+            return super().forward(x)
+        packed = self.packed()  # decoding: a token or a few
+        return nf4_linear_op(x, packed.data, packed.absmax, packed.nested, packed.offset, packed.shape)
 
 
 class Int8Linear(FrozenLinear):

@@ -11,6 +11,9 @@ import pytest
 import sentencepiece
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before quant.py is imported: its kernels then run without a GPU, slowly
+
 from data import Tokenizer
 from model import Llama, ModelConfig, save_meta
 

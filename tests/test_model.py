@@ -662,6 +662,7 @@ import json, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from model import load_model
+from quant import QUANTIZERS
 
 def resident():  # memory of its own, in bytes: pages of a mapped file are the kernel's to drop
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
@@ -673,19 +674,35 @@ class Watch(TorchDispatchMode):
         self.peak = max(self.peak, resident())
         return out
 
-load_model(sys.argv[2])  # a tiny one, so that what Python and torch need once is there
+kind = QUANTIZERS[sys.argv[3]]
+load_model(sys.argv[2], quantize=kind)  # a tiny one, so that what Python and torch need once is there
 start = resident()
 with Watch() as watch:
-    model = load_model(sys.argv[1])
+    model = load_model(sys.argv[1], quantize=kind)
     loaded = watch.peak - start
     copies = [p.detach().clone() for p in model.parameters()]
-size = sum(p.numel() * 4 for p in model.parameters())
-largest = max(p.numel() * 4 for p in model.parameters())
+size = sum(p.nbytes for p in model.parameters())
+largest = max(p.nbytes for p in model.parameters())
 print(json.dumps({"size": size, "largest": largest, "loaded": loaded, "twice": watch.peak - start}))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+def watch_loading(folder, quantize: str) -> dict:
+    """What loading folder / "model" took, in bytes, in a process of its own."""
+    seen = subprocess.run(
+        [sys.executable, "-c", WATCH, str(folder / "model"), str(folder / "tiny"), quantize],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed tensors go back at once
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(seen.stdout)
+
+
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+
+
+@ON_LINUX
 @pytest.mark.parametrize("kind", ["meta", "meta shards", "hugging face"])
 def test_loading_needs_the_model_and_about_one_tensor_more(kind, tiny_llama, write_meta_shards, tmp_path):
     """30 MB in tensors of at most 2 MB. Control: a second copy of the model is seen by the same measurement."""
@@ -695,16 +712,21 @@ def test_loading_needs_the_model_and_about_one_tensor_more(kind, tiny_llama, wri
     else:
         write_meta_shards(model, tmp_path / "model", 1 if kind == "meta" else 4)
     save_hf(tiny_llama(), tmp_path / "tiny")
-    seen = subprocess.run(
-        [sys.executable, "-c", WATCH, str(tmp_path / "model"), str(tmp_path / "tiny")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed tensors go back at once
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seen = json.loads(seen.stdout)
+    seen = watch_loading(tmp_path, "none")
     bound = seen["size"] + 3 * seen["largest"]  # a tensor as read, as reordered, and some air
     assert 0.9 * seen["size"] < seen["loaded"] < bound < seen["twice"]
+
+
+@ON_LINUX
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_model_quantised_while_loading_never_exists_in_16_bits(quantize, tiny_llama, tmp_path):
+    """Matrices of 1 MB in fp32: the temporaries of one of them are beside the packed model, and no second matrix."""
+    model = tiny_llama(dim=512, n_layers=16, n_heads=8, n_kv_heads=8, hidden_dim=512, vocab_size=64)
+    save_hf(model, tmp_path / "model")
+    save_hf(tiny_llama(), tmp_path / "tiny")
+    seen = watch_loading(tmp_path, quantize)
+    assert 0.9 * seen["size"] < seen["loaded"] < seen["size"] + 8 * 2**20
+    assert seen["size"] + 8 * 2**20 < 2 * sum(weight.numel() for weight in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -834,7 +856,7 @@ HF = {
     "attention bias": (hf_field(attention_bias=True), ["attention_bias"]),
     "feed-forward bias": (hf_field(mlp_bias=True), ["mlp_bias"]),
     "tied embeddings": (hf_field(tie_word_embeddings=True), ["tie_word_embeddings"]),
-    "quantised weights": (hf_field(quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
+    "quantised weights": (hf_field(quantization_config={"quant_method": "gptq"}), ["gptq", "nf4 is read"]),
     "heads of another size": (hf_field(head_dim=16), ["head_dim", "16"]),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), ["safetensors"]),
     "file cut short": (lambda p: cut(p / "model.safetensors"), ["model.safetensors"]),

@@ -14,7 +14,7 @@ import generate as generate_script
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
 from generate import GenerateConfig, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
-from model import CheckpointError, load_model, save_meta
+from model import CheckpointError, load_model, save_hf, save_meta, to_hf
 from quant import (
     DYNAMIC_CODE,
     NF4_CODE,
@@ -24,9 +24,15 @@ from quant import (
     NF4Linear,
     QuantError,
     dequantize_nf4,
+    dequantize_op,
+    dequantize_plain,
+    dequantize_triton,
+    matvec_triton,
+    nf4_linear_op,
     quantize_blockwise,
     quantize_nf4,
     stochastic_round,
+    triton,
 )
 from train import RunError, complete, train
 
@@ -188,6 +194,72 @@ def test_backward_keeps_neither_the_input_nor_a_16_bit_weight(kind):
     assert saved
 
 
+GPU = torch.cuda.is_available()
+KERNEL = pytest.mark.skipif(triton is None, reason="triton is not installed")
+# Without a GPU Triton's interpreter runs the kernels. It cuts bf16 off where hardware rounds, so bf16 is for a GPU.
+KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU
+
+
+@pytest.mark.live
+@KERNEL
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(48, 256), (33, 64), (70, 512)])
+def test_the_dequantising_kernel_equals_the_plain_lines_to_the_bit(shape, double_quant, dtype):
+    torch.manual_seed(0)
+    packed = quantize_nf4(torch.randn(shape, device="cuda" if GPU else "cpu"), double_quant)
+    assert torch.equal(dequantize_triton(packed, dtype), dequantize_plain(packed, dtype))
+
+
+@pytest.mark.live
+@KERNEL
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize(("shape", "double_quant"), [((48, 256), True), ((33, 768), True), ((16, 512), False)])
+def test_the_matrix_vector_kernel_is_the_product_with_the_dequantised_weight(shape, double_quant, rows, dtype):
+    torch.manual_seed(0)
+    device = "cuda" if GPU else "cpu"
+    packed = quantize_nf4(torch.randn(shape, device=device), double_quant)
+    x = torch.randn(rows, shape[1], device=device, dtype=dtype)
+    x64, weight = x.double(), dequantize_plain(packed, dtype).double()
+    exact = x64 @ weight.T
+    error = (matvec_triton(x, packed).double() - exact).abs()
+    # The result is rounded once to dtype; before that the sums are fp32's.
+    assert (error <= torch.finfo(dtype).eps * exact.abs() + 2**-23 * (x64.abs() @ weight.abs().T)).all()
+
+
+@pytest.mark.live
+@KERNEL
+def test_both_kernels_follow_rows_in_another_order():
+    """Reordered rows have nested scales of fewer absmax than 256: a kernel that divides by 256 reads the wrong ones."""
+    torch.manual_seed(0)
+    packed = quantize_nf4(torch.randn(128, 768, device="cuda" if GPU else "cpu"))
+    moved = packed.reordered(torch.randperm(128))
+    assert moved.nested_block < packed.nested_block
+    assert torch.equal(dequantize_triton(moved, torch.float16), dequantize_plain(moved, torch.float16))
+    x = torch.randn(2, 768, device=packed.data.device)
+    assert torch.allclose(matvec_triton(x, moved), F.linear(x, dequantize_plain(moved, x.dtype)), atol=1e-4)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_operators_tell_fake_tensors_what_real_ones_do(double_quant):
+    packed = quantize_nf4(torch.randn(6, 64), double_quant)
+    parts = (packed.data, packed.absmax, packed.nested, packed.offset, packed.shape)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(dequantize_op, (*parts, torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(nf4_linear_op, (torch.randn(3, 64), *parts), test_utils=checks)
+
+
+def test_rows_in_another_order_are_the_same_rows_to_the_bit():
+    torch.manual_seed(0)
+    weight, order = torch.randn(96, 768), torch.randperm(96)
+    for double_quant in (True, False):
+        packed = quantize_nf4(weight, double_quant)
+        assert torch.equal(dequantize_nf4(packed.reordered(order)), dequantize_nf4(packed)[order])
+    with pytest.raises(QuantError, match="rows of 71 numbers, not whole blocks of 64"):
+        quantize_nf4(torch.randn(64, 71)).reordered(torch.randperm(64))
+
+
 def test_int8_rows_are_within_half_a_step_of_the_weight():
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
@@ -230,6 +302,196 @@ def test_a_weight_that_cannot_be_quantised_is_named(base):
     torch.save(weights, base / "base" / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=r"layers.1.feed_forward.w2.weight holds NaN or infinity"):
         load_model(base / "base", quantize=NF4Linear)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bitsandbytes' 4-bit files
+
+SIZES = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 640, "vocab_size": 96}
+# q of 512 rows of 8 blocks: 16 nested groups, which the heads' row order tears apart.
+TORN = {"dim": 512, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 640, "vocab_size": 96}
+
+
+@pytest.fixture
+def written(tiny_llama, tmp_path):
+    """A folder in bitsandbytes' layout, written from a model quantised here, and that model."""
+
+    def make(sizes=SIZES):
+        save_hf(tiny_llama(**sizes).bfloat16(), tmp_path / "whole")
+        model = load_model(tmp_path / "whole", dtype=torch.bfloat16, quantize=NF4Linear)
+        save_hf(model, tmp_path / "nf4", max_shard_bytes=300_000)
+        return tmp_path / "nf4", model
+
+    return make
+
+
+def dequantised(model) -> dict[str, torch.Tensor]:
+    return {n: m.dequantize(torch.float32) for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+
+
+@pytest.mark.parametrize("sizes", [SIZES, TORN])
+def test_a_4_bit_folder_read_back_has_the_same_weights_to_the_bit(sizes, written):
+    folder, model = written(sizes)
+    back = load_model(folder, dtype=torch.bfloat16, quantize=NF4Linear)
+    theirs = dequantised(back)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in dequantised(model).items())
+    for name in ("tok_embeddings", "norm", "output"):
+        assert torch.equal(model.get_submodule(name).weight, back.get_submodule(name).weight)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("sizes", [SIZES, TORN])
+def test_transformers_and_bitsandbytes_open_a_4_bit_folder_with_the_same_weights(sizes, written):
+    transformers, functional = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes.functional")
+    folder, model = written(sizes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, weight in dequantised(model).items():
+        hf_name, weight = to_hf(f"{name}.weight", weight, model.config)
+        packed = theirs.get_parameter(hf_name)
+        assert torch.equal(functional.dequantize_4bit(packed.data, packed.quant_state), weight.bfloat16()), name
+    tokens = torch.randint(96, (1, 12))
+    assert torch.allclose(theirs(tokens).logits[0].float(), model(tokens[0]).float(), rtol=0.05, atol=0.5)
+
+
+@pytest.mark.live
+def test_a_trained_model_packed_here_says_the_same_in_transformers(tmp_path):
+    """tiny, not random weights: their likeliest tokens are often ties to within bf16, in which bitsandbytes computes on a CPU."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    save_hf(load_model(REPOSITORY / "tiny", quantize=NF4Linear), tmp_path)
+    model = load_model(tmp_path, quantize=NF4Linear)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = Tokenizer(REPOSITORY / "tiny" / "tokenizer.model")
+    for line in (REPOSITORY / "tiny" / "held_out.jsonl").read_text().splitlines()[:8]:
+        prompt = [1, *tokenizer.encode(json.loads(line)["messages"][0]["content"].split("?")[0])]
+        said = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert list(generate_script.generate(model, prompt, 24)) == said[0, len(prompt) :].tolist()
+
+
+@pytest.mark.live
+def test_what_transformers_saves_in_4_bits_is_read_exactly_and_written_back_byte_for_byte(tiny_llama, tmp_path):
+    transformers, functional = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes.functional")
+    from safetensors.torch import load_file
+
+    save_hf(tiny_llama(**TORN).bfloat16(), tmp_path / "whole")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16, quantization_config=how)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs", dtype=torch.bfloat16, quantize=NF4Linear)
+    for name, weight in dequantised(model).items():
+        hf_name, weight = to_hf(f"{name}.weight", weight, model.config)
+        packed = theirs.get_parameter(hf_name)
+        assert torch.equal(functional.dequantize_4bit(packed.data, packed.quant_state), weight.bfloat16()), name
+    save_hf(model, tmp_path / "again")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def without(part):
+    return lambda tensors: tensors.pop(f"model.layers.1.self_attn.o_proj.weight.{part}")
+
+
+def with_state(**fields):
+    def change(tensors):
+        name = "model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[name].tolist())) | fields
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def as_fp4(tensors):
+    state = tensors.pop("model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__nf4")
+    tensors["model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__fp4"] = state
+
+
+def with_other_levels(tensors):
+    tensors["model.layers.1.self_attn.o_proj.weight.quant_map"] *= 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (without("absmax"), "layers.1.attention.wo.weight is packed, but its absmax is missing"),
+        (without("nested_absmax"), "layers.1.attention.wo.weight is packed, but its nested_absmax is missing"),
+        (without("quant_map"), "layers.1.attention.wo.weight is packed, but its quant_map is missing"),
+        (without("quant_state.bitsandbytes__nf4"), "wo.weight is packed, but its quant_state.bitsandbytes__nf4 is missing"),
+        (with_state(blocksize=128), "wo.weight is packed in blocks of 128"),
+        (with_state(shape=[2, 2]), r"wo.weight is packed in blocks of 64 with shape \(2, 2\)"),
+        (as_fp4, "wo.weight is packed as fp4, and only nf4 is read"),
+        (with_other_levels, "wo.weight has a quant_map with other levels than NF4"),
+    ],
+)
+def test_a_broken_4_bit_folder_is_refused_by_the_tensors_name(change, sentence, written):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = written()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index["model.layers.1.self_attn.o_proj.weight"]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_model(folder, quantize=NF4Linear)
+
+
+@pytest.mark.parametrize(
+    ("packing", "sentence"),
+    [
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "quantised by torchao; only bitsandbytes' nf4 is read"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes, in 8 bits; only"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "by bitsandbytes, as fp4; only"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by gptq; only"),
+    ],
+)
+def test_other_quantised_layouts_are_refused_by_name(packing, sentence, written):
+    folder, _ = written()
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": packing}))
+    with pytest.raises(CheckpointError, match=sentence):
+        load_model(folder, quantize=NF4Linear)
+
+
+@pytest.mark.parametrize("quantize", [None, Int8Linear])
+def test_a_4_bit_folder_opened_as_anything_else_says_which_flag_reads_it(quantize, written):
+    folder, _ = written()
+    with pytest.raises(CheckpointError, match="is packed in 4 bits: --quantize nf4, or --method qlora, uses it so"):
+        load_model(folder, quantize=quantize)
+
+
+def test_a_model_saved_in_4_bits_answers_and_trains_as_the_one_quantised_while_loading(base, monkeypatch, capsys):
+    def run(model, *flags):
+        flags = ["--model", str(base / model), "--quantize", "nf4", "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+        generate_script.main()
+        return capsys.readouterr().out
+
+    answered = run("base", "--prompt", "aaa", "--max_new_tokens", "12")
+    assert "saved in" in run("base", "--save", str(base / "packed"))
+    assert run("packed", "--prompt", "aaa", "--max_new_tokens", "12") == answered
+    flags = {"method": "qlora", "data": [str(base / "data.jsonl")], "max_steps": 3, "logging_steps": 1, "device": "cpu"}
+    losses = []
+    for model in ("base", "packed"):
+        rows = train(complete(flags | {"model": str(base / model), "output_dir": str(base / f"run_{model}")}))
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--quantize", "int8", "--save", "x"], "--save has no layout for int8"),
+        (["--adapter", "runs/lora", "--save", "x"], "--save writes a model without an adapter"),
+        (["--save", "."], "--save . exists already: name a new folder"),
+    ],
+)
+def test_a_save_that_cannot_be_is_refused(flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        generate_script.main()
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_merged_qlora_model_is_the_dequantised_sum_in_bf16(base):
