@@ -608,7 +608,7 @@ def formula(s, flags, b: int, gpu: GPU | None = None, nproc: int = 1) -> dict[st
     if again:
         name, extra = f"the block once more, {size + casts:,}, + {name}", extra + size + casts - (T * C * 4 if S == 4 else 0)
     terms["a block's backward"] = name, extra
-    largest = max(V * C, C * F) if full else max(size for size, _ in thin)
+    largest = min(2**24, max(V * C, C * F) if full else max(size for size, _ in thin))  # AdamW8bit works on 2^24 at a time
     work = largest * ((32 if g == 2 else 28) + 8 / 256) if flags.optim == "adamw_8bit" else 0
     terms["optimizer's work"] = (f"{largest:,} x {8 if g == 2 else 7} fp32 numbers" if work else "none, it is fused"), round(work)
 

@@ -180,16 +180,17 @@ def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> tor
 
 def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
     """What dequantize_nf4 computes, in plain PyTorch."""
-    n, scales = math.prod(packed.shape), packed.scales()[:, None]
-    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=packed.data.device)
-    pairs = _PAIRS.to(packed.data.device)
-    data = F.pad(packed.data, (0, scales.numel() * BLOCK // 2 - packed.data.numel()))  # up to a whole block; cut off below
+    n, scales, data = math.prod(packed.shape), packed.scales()[:, None], packed.data
+    out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=data.device)
+    pairs = _PAIRS.to(data.device)
+    if n % BLOCK:
+        data = F.pad(data, (0, scales.numel() * BLOCK // 2 - data.numel()))  # up to a whole block; cut off below
     piece = min(data.numel(), 2**18)  # bytes at a time, so that what is between stays in the cache
     index, levels = data.new_empty(piece, dtype=torch.int32), pairs.new_empty(piece)
     for codes, scale, target in zip(data.split(piece), scales.split(piece // 32), out.split(2 * piece), strict=True):
         of = slice(len(codes))  # the last piece is shorter
         torch.index_select(pairs, 0, index[of].copy_(codes), out=levels[of])
-        torch.mul(levels[of].view(torch.float32).view(-1, BLOCK), scale, out=target.view(-1, BLOCK))
+        target.view(-1, BLOCK).copy_(levels[of].view(torch.float32).view(-1, BLOCK).mul_(scale))
     return out[:n].view(packed.shape)
 
 
@@ -478,6 +479,8 @@ QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
+PIECE = 2**24  # weights updated at a time
+
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with both moments in 8 bits: 2 bytes a weight instead of 8 ("8-bit Optimizers via Block-wise
@@ -493,41 +496,35 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                state = self.state[weight]
-                state["step"] = state.get("step", 0) + 1
-                grad = weight.grad.float()
-                mean = self._unpacked(state, "exp_avg", weight, DYNAMIC_CODE).lerp_(grad, 1 - beta1)
-                square = (
-                    self._unpacked(state, "exp_avg_sq", weight, UNSIGNED_CODE).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                )
-                exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
-                root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                exact.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
-                weight.copy_(stochastic_round(exact) if weight.dtype == torch.bfloat16 else exact)
-                self._pack(state, "exp_avg", mean, DYNAMIC_CODE)
-                self._pack(state, "exp_avg_sq", square, UNSIGNED_CODE)
+                state = self.state[weight] = self.state[weight] or self._beginning(weight)
+                state["step"] += 1
+                flat, grad = weight.view(-1), weight.grad.reshape(-1)
+                for start in range(0, len(flat), PIECE):  # so that what is fp32 for a moment is 64 MB, however large the weight
+                    self._step_piece(group, state, flat[start : start + PIECE], grad[start : start + PIECE].float(), start)
 
     @staticmethod
-    def _unpacked(state: dict, name: str, weight: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        if name not in state:
-            return torch.zeros_like(weight, dtype=torch.float32)
-        if f"{name}_absmax" not in state:
-            return state[name]
-        return dequantize_blockwise(state[name], state[f"{name}_absmax"], code, NESTED_BLOCK).view(weight.shape)
+    def _step_piece(group: dict, state: dict, weight: torch.Tensor, grad: torch.Tensor, start: int) -> None:
+        (beta1, beta2), step = group["betas"], state["step"]
+        mean = _unpacked(state, "exp_avg", DYNAMIC_CODE, start).lerp_(grad, 1 - beta1)
+        square = _unpacked(state, "exp_avg_sq", UNSIGNED_CODE, start).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
+        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        exact.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
+        weight.copy_(stochastic_round(exact) if weight.dtype == torch.bfloat16 else exact)
+        _pack(state, "exp_avg", DYNAMIC_CODE, start, mean)
+        _pack(state, "exp_avg_sq", UNSIGNED_CODE, start, square)
 
     @staticmethod
-    def _pack(state: dict, name: str, moment: torch.Tensor, code: torch.Tensor) -> None:
-        if moment.numel() < 4096:
-            state[name] = moment
-            return
-        indices, state[f"{name}_absmax"] = quantize_blockwise(moment, code, NESTED_BLOCK)
-        if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
-            indices = torch.where(moment.flatten() > 0, indices.clamp(min=1), indices)
-        state[name] = indices
+    def _beginning(weight: torch.Tensor) -> dict:
+        state, n = {"step": 0}, weight.numel()
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros(n, dtype=torch.uint8 if n >= 4096 else torch.float32, device=weight.device)
+            if n >= 4096:
+                state[f"{name}_absmax"] = torch.zeros(-(-n // NESTED_BLOCK), device=weight.device)
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -537,6 +534,26 @@ class AdamW8bit(torch.optim.Optimizer):
         for weight, number in zip(weights, numbers, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[weight][name] = value.to(weight.device, copy=True) if torch.is_tensor(value) else value
+
+
+def _unpacked(state: dict, name: str, code: torch.Tensor, start: int) -> torch.Tensor:
+    """A piece of a moment from `start` on, in fp32."""
+    piece = state[name][start : start + PIECE]
+    if piece.dtype == torch.float32:
+        return piece
+    absmax = state[f"{name}_absmax"][start // NESTED_BLOCK : (start + PIECE) // NESTED_BLOCK]
+    return dequantize_blockwise(piece, absmax, code, NESTED_BLOCK)
+
+
+def _pack(state: dict, name: str, code: torch.Tensor, start: int, moment: torch.Tensor) -> None:
+    """Put it back, into the same bytes. A moment kept in fp32 has been changed where it is."""
+    if state[name].dtype == torch.float32:
+        return
+    indices, absmax = quantize_blockwise(moment, code, NESTED_BLOCK)
+    if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
+        indices = torch.where(moment > 0, indices.clamp(min=1), indices)
+    state[name][start : start + PIECE] = indices
+    state[f"{name}_absmax"][start // NESTED_BLOCK : (start + PIECE) // NESTED_BLOCK] = absmax
 
 
 def stochastic_round(x: torch.Tensor) -> torch.Tensor:

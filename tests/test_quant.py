@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import generate as generate_script
+import quant as quant_module
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
 from generate import GenerateConfig, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
@@ -588,6 +589,21 @@ def test_8_bit_adamw_follows_adamws_losses_within_1_percent_in_2_bytes_a_weight(
     state = [(p.numel(), sum(x.nbytes for x in s.values() if torch.is_tensor(x))) for p, s in optimizer.state.items()]
     large = [(n, size) for n, size in state if n >= 4096]
     assert sum(size for _, size in large) / sum(n for n, _ in large) == pytest.approx(2, abs=0.05)
+
+
+def test_8_bit_adamw_does_the_same_in_pieces(monkeypatch):
+    def trained(piece):
+        monkeypatch.setattr(quant_module, "PIECE", piece)
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(70, 100)), nn.Parameter(torch.randn(100))]  # 27 blocks and a part; too small to pack
+        optimizer = AdamW8bit(weights, lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
+
+    assert torch.equal(trained(2**24), trained(512))
 
 
 def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():
