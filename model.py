@@ -18,6 +18,7 @@ Three choices keep this file short:
   * Loading streams: one tensor at a time goes from the memory-mapped file to its place, so the peak is the model plus one tensor.
 """
 
+import copy
 import json
 import pickle
 import zipfile
@@ -122,7 +123,7 @@ def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: 
 
 def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> torch.Tensor:
     """Causal attention within each document of the stream. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
-    if method == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if method == "varlen" or (method == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
         # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
         from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
@@ -268,6 +269,31 @@ class Llama(nn.Module):
             x = x[-1:]
         x = self.norm(x)
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)
+
+
+def random_model(config: ModelConfig, *, device, dtype: torch.dtype, attention: str = "sdpa", quantize=None) -> Llama:
+    """A model of these sizes as `load_model` would place it, with weights of no meaning: to measure, not to train.
+
+    All matrices of one shape get the same numbers, so 7B takes seconds to make and to quantise."""
+    with torch.device("meta"):  # shapes without storage
+        model = Llama(config, attention)
+    drawn = {}
+    for name, weight in list(model.named_parameters()):
+        path, leaf = name.rsplit(".", 1)
+        module = model.get_submodule(path)
+        packed = quantize is not None and isinstance(module, nn.Linear) and module is not model.output
+        if (weight.shape, packed) in drawn:
+            old = drawn[weight.shape, packed]
+            parts = old.parameters() if packed else [old]
+            new = copy.deepcopy(old, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parts})
+        else:
+            values = torch.randn(weight.shape, device=device, dtype=dtype).mul_(0.02).add_(weight.dim() == 1)
+            new = drawn[weight.shape, packed] = quantize(values) if packed else nn.Parameter(values)
+        if packed:
+            model.set_submodule(path, new)
+        else:
+            setattr(module, leaf, new)
+    return model
 
 
 def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk: int = 1024) -> torch.Tensor:

@@ -51,9 +51,21 @@ from data import (
     parse_flags,
     read_dialogs,
 )
-from generate import TINY, answer, pick_device, pick_dtype
+from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
-from model import CheckpointError, Llama, from_hf, load_model, open_checkpoint, read_config, save_hf, to_hf
+from memory import GPU, Timeline, Tracker, advice, explain_out_of_memory, formula, predict
+from model import (
+    CheckpointError,
+    Llama,
+    ModelConfig,
+    from_hf,
+    load_model,
+    open_checkpoint,
+    random_model,
+    read_config,
+    save_hf,
+    to_hf,
+)
 from quant import QUANTIZERS, AdamW8bit
 
 
@@ -204,15 +216,16 @@ def read_run(folder: Path) -> dict:
 # The pieces
 
 
-def build(config: TrainConfig, device: torch.device) -> Llama:
+def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None = None) -> Llama:
     """The model ready to train: loaded in the format of the method, adapted, its trainable weights in fp32.
 
     lora: frozen weights in the dtype of the computation, or quantised, and adapters in fp32. full: every weight in fp32
-    ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates."""
+    ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates.
+    sizes: random weights of these sizes instead of those in the folder config.model, to rehearse a run without them."""
     full = config.method == "full"
     dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
-    quantizer = QUANTIZERS[config.quantize]
-    model = load_model(config.model, device=device, dtype=dtype, attention=config.attention, quantize=quantizer)
+    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": QUANTIZERS[config.quantize]}
+    model = random_model(sizes, **options) if sizes else load_model(config.model, **options)
     model.gradient_checkpointing = config.gradient_checkpointing
     if not full:
         torch.manual_seed(config.seed)  # every rank draws the same A
@@ -237,6 +250,13 @@ def make_optimizer(config: TrainConfig, model: Llama) -> torch.optim.Optimizer:
         return AdamW8bit(groups, **options)
     fused = trained[0].device.type in ("cpu", "cuda")  # one pass over memory instead of a dozen
     return torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def precision(config: TrainConfig, dtype: torch.dtype, device: torch.device):
+    """(scaler, autocast): what keeps fp16's small gradients from becoming 0, and what casts fp32 masters where they are used."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    masters = config.method == "full" and dtype != torch.float32 and not config.pure_bf16
+    return scaler, partial(torch.autocast, device.type, dtype, enabled=masters)
 
 
 def peak_learning_rate(config: TrainConfig, dim: int) -> float:
@@ -266,8 +286,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 class Workers:
     """The processes of torchrun: how many, which one this is, and sums over all. One process needs no torchrun and no group."""
 
-    def __init__(self, device: torch.device):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    def __init__(self, device: torch.device, alone: bool = False):
+        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -405,6 +425,109 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
             loss += model(**{name: x.to(workers.device) for name, x in batch.items()}).item()
     model.train()
     return workers.sum(loss) / workers.sum(supervised)
+
+
+class Rehearsal:
+    """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
+    one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
+
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen=False, supervised=None):
+        self.config, self.sizes, self.device, self.varlen, self.supervised = config, sizes, device, varlen, supervised
+        self.row_tokens = config.per_device_train_batch_size * config.model_max_length
+        row = torch.zeros(self.row_tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, self.row_tokens], dtype=torch.int32)}
+
+    def build(self):
+        """(model, optimizer), and with them what `step` and `evaluate` need."""
+        self.model = build(self.config, self.device, self.sizes)
+        for layer in self.model.layers if self.varlen else ():
+            layer.attention.method = "varlen"  # CUDA's kernel, which keeps other tensors than the CPU's
+        self.optimizer = make_optimizer(self.config, self.model)
+        self.scaler, self.autocast = precision(self.config, computed_in(self.config, self.device), self.device)
+        self.workers = Workers(self.device, alone=True)
+        self.model.train()
+        return self.model, self.optimizer
+
+    def step(self):
+        rows = [self.row] * self.config.gradient_accumulation_steps
+        training_step(self.config, self.model, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
+
+    def evaluate(self):
+        evaluate(self.model, self, self.workers, self.autocast)
+
+    def save(self):
+        for weight in trained_weights(self.model).values():  # as save_final compares what it wrote
+            weight.to(computed_in(self.config, self.device))
+
+    def __len__(self):  # the one row that evaluate() asks for, as of a PackedBatches
+        return 1
+
+    def batch(self, epoch: int, index: int):
+        return self.row
+
+
+class Memory:
+    """What memory.py says of this run: the peak predicted before it, measured in it, and why it ran out, if it did.
+
+    On a GPU the allocator's own count is the measure; on a CPU the first two steps are run inside a tracker."""
+
+    def __init__(self, config: TrainConfig, sizes: ModelConfig, data: Data, device: torch.device, workers: Workers):
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == computed_in(config, device))
+        self.config, self.sizes, self.device, self.world = dataclasses.replace(config, dtype=dtype), sizes, device, workers.world
+        self.counted, self.gpu = Tracker(), None
+        if device.type == "cuda":
+            found = torch.cuda.get_device_properties(device)
+            hopper = {"workspace": 2**25} if found.major >= 9 else {}
+            self.gpu = GPU(found.name, found.total_memory, bf16=dtype != "fp16", **hopper)
+        counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
+        self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
+
+    def predict(self) -> str:
+        """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
+        varlen = self.gpu is not None and self.config.attention == "sdpa" and self.config.dtype != "fp32"
+
+        def rehearse(layers):
+            sizes = dataclasses.replace(self.sizes, n_layers=layers)
+            return Rehearsal(self.config, sizes, torch.device("cpu"), varlen, self.supervised)
+
+        self.line: Timeline | None = None
+        try:
+            self.line = predict(rehearse, self.sizes.n_layers, self.gpu, self.world)
+        except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
+            return f"memory: not predicted, {str(error).splitlines()[0]}"
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest().name}"
+        if self.gpu:
+            needed = self.line.reserved + self.gpu.context
+            text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
+            if needed > self.gpu.memory:
+                text += f"\nwarning: that does not fit. {self.explained(0)}"
+        return text
+
+    def watched(self, model: Llama, optimizer, micro_batches):
+        """The tracker to run a step in, told of what is there already."""
+        there = [*model.parameters(), *(x for batch in micro_batches for x in batch.values())]
+        there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        for tensor in there:
+            self.counted.watch(tensor)
+        return self.counted
+
+    def measured(self) -> str:
+        measured, how = self.counted.peak, "counted in the first two steps"
+        if self.gpu:
+            measured, how = torch.cuda.max_memory_allocated(self.device), "measured"
+            how += f" ({torch.cuda.max_memory_reserved(self.device) / 1e9:.3f} reserved)"
+        if not measured or not self.line:
+            return ""
+        error = self.line.peak / measured - 1
+        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
+
+    def explained(self, in_use: int) -> str:
+        b = 4 if self.config.dtype == "fp32" else 2
+        terms = {name: size for name, (_, size) in formula(self.sizes, self.config, b, self.gpu, self.world).items()}
+        peak = self.line.peak if self.line else terms["allocated peak"]
+        gpu = self.gpu or GPU("this machine", 0)
+        ways = advice(self.sizes, self.config, b, gpu, self.world)
+        return explain_out_of_memory(terms, peak, gpu.memory, in_use, ways)
 
 
 class Exam:
@@ -622,7 +745,8 @@ def train(config: TrainConfig) -> list[dict]:
     say = print if workers.rank == 0 else lambda *_, **__: None
     folder = Path(config.output_dir)
     check_folder(config, folder)
-    window = read_config(config.model).max_seq_len
+    sizes = read_config(config.model)
+    window = sizes.max_seq_len
     if config.model_max_length > window:
         raise RunError(
             f"--model_max_length {config.model_max_length} is more than the {window} tokens the model was trained to read"
@@ -631,15 +755,25 @@ def train(config: TrainConfig) -> list[dict]:
     # Read and build.
     data = read_data(config, say)
     dtype = computed_in(config, device)
+    memory = Memory(config, sizes, data, device, workers)
+    if workers.rank == 0:
+        say(memory.predict())
+    try:
+        return run(config, device, workers, data, dtype, memory, say)
+    except torch.OutOfMemoryError:
+        in_use = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.counted.live
+        raise RunError(memory.explained(in_use)) from None
+
+
+def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.dtype, memory: Memory, say) -> list[dict]:
+    """Build, loop, save: what may run out of a GPU's memory."""
+    folder = Path(config.output_dir)
     model = build(config, device)
     pieces, known = data.tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
         raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
     optimizer = make_optimizer(config, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps small fp16 gradients from becoming 0
-    autocast = partial(
-        torch.autocast, device.type, dtype, enabled=config.method == "full" and dtype != torch.float32 and not config.pure_bf16
-    )
+    scaler, autocast = precision(config, dtype, device)
     parallel = DistributedDataParallel(model) if workers.world > 1 else model
     rows_per_step = config.gradient_accumulation_steps * workers.world
     steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)
@@ -705,6 +839,8 @@ def train(config: TrainConfig) -> list[dict]:
                 save("best", step)
 
     # The loop.
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model.train()
     if start == 0:
         run_evaluation(0)
@@ -718,9 +854,11 @@ def train(config: TrainConfig) -> list[dict]:
             micro_batches = [data.batches.batch(epoch, index) for index in indices]
             torch.manual_seed(step_seed(config.seed, step, workers.rank))
             rate = learning_rate(config, step - 1, total, peak)
-            loss, grad_norm, supervised = training_step(
-                config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
-            )
+            counting = device.type == "cpu" and workers.world == 1 and step <= start + 2
+            with memory.watched(model, optimizer, micro_batches) if counting else contextlib.nullcontext():
+                loss, grad_norm, supervised = training_step(
+                    config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
+                )
             seconds += time.perf_counter() - began
             tokens += workers.world * sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)
             logged = step % config.logging_steps == 0 or step == total
@@ -748,6 +886,9 @@ def train(config: TrainConfig) -> list[dict]:
         found = checkpoints(folder)
         rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved"
         raise KeyboardInterrupt(f"stopped in step {step} of {total}; {rest}") from None
+
+    if workers.rank == 0 and (text := memory.measured()):
+        say(text)
 
     # Save, then ask again.
     if config.load_best_model_at_end:

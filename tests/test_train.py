@@ -235,7 +235,8 @@ def test_generate_finds_the_base_and_the_adapter_of_a_lora_run(base):
 
 def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
     told = iter([5.0, 4.0, 3.0, 3.5, 6.0])  # the held-out loss after steps 0, 2, 4, 6, 8
-    monkeypatch.setattr(train_script, "evaluate", lambda *_: next(told))
+    # The prediction of memory rehearses an evaluation as well, of rows of its own.
+    monkeypatch.setattr(train_script, "evaluate", lambda _, rows, *__: next(told) if isinstance(rows, PackedBatches) else 0.0)
     run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, max_steps=8, load_best_model_at_end=True)
     best = torch.load(base / "run" / "best" / "state.pt", weights_only=True)
     assert best["step"] == 4 and best["best"] == 3.0
@@ -459,3 +460,25 @@ def test_what_a_run_saved_opens_in_transformers_and_peft_with_the_same_logits(ba
     adapted = peft.PeftModel.from_pretrained(whole, base / "lora")
     mine = load_adapter(mine, base / "lora", partial(from_hf, config=mine.config))
     torch.testing.assert_close(adapted(tokens[None]).logits[0], mine(tokens), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_a_run_says_what_it_will_need_and_how_far_off_that_was(base, capsys):
+    run(base, max_steps=3)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
+    assert len(said) == 2 and "predicted at the peak" in said[0] and "counted in the first two steps" in said[1]
+    error = float(said[1].rsplit(", ", 1)[1].split("%")[0])
+    assert 0 <= error <= 10  # predicted for the row with the most labels, which the first two steps need not meet
+
+
+def test_running_out_of_memory_is_explained(base, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_script, "training_step", out_of_memory)
+    monkeypatch.setattr(train_script.Memory, "predict", lambda self: setattr(self, "line", None) or "")
+    with pytest.raises(RunError, match=r"out of memory: .* was predicted, most of it .*\n.*--gradient_checkpointing"):
+        run(base)

@@ -1,0 +1,286 @@
+"""memory.py: what is predicted is what is counted, the arithmetic agrees with both, and every question gets an answer."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import memory
+from memory import GPUS, Block, CachingAllocator, Tracker, find_gpu, formula, predict, simulated, timeline, watch
+from model import PRESETS, ModelConfig
+from train import Rehearsal, TrainConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SIZES = ModelConfig(dim=64, n_layers=9, n_heads=4, n_kv_heads=2, hidden_dim=120, vocab_size=96)
+QLORA = {"method": "qlora", "quantize": "nf4"}
+FULL = {"method": "full"}
+PURE = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}
+AGAIN = {"gradient_checkpointing": True}
+RUNS = {
+    "lora": {},
+    "lora-16-bit": {"dtype": "bf16"},
+    "lora-fp16": {"dtype": "fp16"},
+    "lora-checkpointing": AGAIN,
+    "lora-accumulation": {"gradient_accumulation_steps": 2},
+    "lora-8-bit-adamw": {"optim": "adamw_8bit"},
+    "lora-dropout": {"lora_dropout": 0.1, "lora_targets": ("wq", "tok_embeddings", "output")},
+    "lora-textbook": {"attention": "textbook"},
+    "qlora": QLORA,
+    "qlora-checkpointing": QLORA | AGAIN | {"dtype": "bf16"},
+    "int8": {"quantize": "int8"},
+    "full": FULL,
+    "full-masters": FULL | {"dtype": "bf16"},
+    "full-checkpointing": FULL | AGAIN | {"dtype": "bf16"},
+    "full-fp16": FULL | {"dtype": "fp16"},
+    "full-pure-bf16": PURE,
+}
+
+
+def rehearsal(flags: dict, sizes: ModelConfig, tokens: int = 64, varlen: bool = False) -> Rehearsal:
+    config = TrainConfig(**{"device": "cpu", "model_max_length": tokens} | flags)
+    return Rehearsal(config, sizes, torch.device("cpu"), varlen)
+
+
+def as_plain(line) -> list[tuple]:
+    return [(phase.part, phase.name, +phase.start, +phase.peak, +phase.end) for phase in line.phases]
+
+
+def memory_py(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "memory.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+
+
+# The tracker
+
+
+@pytest.fixture(params=["real", "fake"])
+def tracker(request):
+    if request.param == "fake":
+        with FakeTensorMode(), Tracker() as tracker:
+            yield tracker
+    else:
+        with Tracker() as tracker:
+            yield tracker
+
+
+def test_a_storage_is_counted_once_however_many_views_it_has_and_until_the_last_is_gone(tracker):
+    x = torch.empty(1000)
+    views = [x[10:], x.view(10, 100).T, x.detach()]
+    assert tracker.live == 4000
+    del x
+    assert tracker.live == 4000
+    del views
+    assert (tracker.live, tracker.peak) == (0, 4000)
+
+
+def test_work_in_place_adds_nothing(tracker):
+    x = torch.zeros(1000)
+    x.add_(1).mul_(2)
+    assert tracker.live == tracker.peak == 4000
+
+
+def test_what_backward_will_need_is_alive_until_it_ran(tracker):
+    x = torch.ones(1000, requires_grad=True)
+    y = (x.exp() * 2).sum()  # exp keeps its result, the product with a number nothing
+    assert tracker.live == 4000 + 4000 + 4
+    y.backward()
+    assert tracker.live == 4000 + 4000 + 4  # the gradient instead
+
+
+def test_a_tensor_that_is_kept_raises_the_count(tracker):
+    """The control: a count that never rose would pass the tests above that compare one count with another."""
+    kept = []
+    for i in range(3):
+        kept.append(torch.empty(250))
+        assert tracker.live == 1000 * (i + 1)
+
+
+def test_scratch_of_a_kernel_raises_the_peak_and_is_gone():
+    with Tracker({"aten::exp": lambda x: 5000}) as tracker:
+        torch.empty(1000).exp()
+    assert tracker.peak == 4000 + 4000 + 5000 and tracker.live == 0
+
+
+def test_the_allocator_takes_segments_cuts_them_and_joins_what_is_free():
+    allocator, mib = CachingAllocator(), 2**20
+    small, large, middle = Block(100, ""), Block(43 * mib, ""), Block(4 * mib, "")
+    allocator.allocate(small)
+    assert (allocator.allocated, allocator.reserved) == (512, 2 * mib)
+    allocator.allocate(large)  # a segment of 44 MiB; the rest of 1 MiB is not cut off
+    assert (allocator.allocated, allocator.reserved) == (512 + 44 * mib, 46 * mib)
+    allocator.free(large)
+    allocator.allocate(middle)  # out of the free segment
+    allocator.allocate(large)
+    assert allocator.reserved == (46 + 44) * mib
+    allocator.free(middle)
+    twin = Block(44 * mib, "")
+    allocator.allocate(twin)  # fits only if the two halves were joined again
+    assert allocator.reserved == (46 + 44) * mib
+
+
+# Prediction
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_prediction_is_the_count_of_the_real_run_to_the_byte(name):
+    """Every phase of two steps, an evaluation and a save, and every kind in it; so the peak as well."""
+    sizes = replace(SIZES, n_layers=3)
+    real, fake = (timeline(watch(rehearsal(RUNS[name], sizes), dry).diary) for dry in (False, True))
+    assert as_plain(real) == as_plain(fake)
+    assert real.peak == fake.peak == watch(rehearsal(RUNS[name], sizes), True).peak > 10**5
+
+
+@pytest.mark.parametrize("name", ["lora-accumulation", "qlora-checkpointing", "full-masters", "full-pure-bf16"])
+def test_a_deep_model_follows_from_two_shallow_ones_to_the_byte(name):
+    deep = timeline(watch(rehearsal(RUNS[name], SIZES), True).diary)
+    assert as_plain(predict(lambda n: rehearsal(RUNS[name], replace(SIZES, n_layers=n)), 9)) == as_plain(deep)
+
+
+def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():
+    sizes = replace(SIZES, n_layers=2, vocab_size=4000)
+    few = rehearsal({}, sizes)
+    few.row["labels"][20:] = -100
+    few.supervised = 20
+    assert timeline(watch(few, True).diary).peak == timeline(watch(few, False).diary).peak
+    assert timeline(watch(few, True).diary).peak < timeline(watch(rehearsal({}, sizes), True).diary).peak
+
+
+COMPARED = [
+    ("7b", {}, 2048),
+    ("1b", AGAIN, 1024),
+    ("7b", QLORA, 1024),
+    ("7b", QLORA | AGAIN, 2048),
+    ("70b", QLORA | AGAIN, 4096),
+    ("7b", {"quantize": "int8"} | AGAIN, 2048),
+    ("7b", FULL, 512),
+    ("1b", FULL, 2048),
+    ("7b", FULL | AGAIN, 2048),
+    ("7b", PURE, 4096),
+    ("1b", {"gradient_accumulation_steps": 2}, 1024),
+    ("1b", {"attention": "textbook"}, 1024),
+]
+
+
+@pytest.mark.parametrize(("preset", "flags", "tokens"), COMPARED)
+def test_every_term_of_the_formula_is_what_is_counted_on_a_gpu_within_a_hundredth(preset, flags, tokens):
+    flags, sizes, gpu = {"dtype": "bf16"} | flags, PRESETS[preset], GPUS["a100-80"]
+    varlen = flags.get("attention") != "textbook"
+    line = predict(lambda n: rehearsal(flags, replace(sizes, n_layers=n), tokens, varlen), sizes.n_layers, gpu)
+    closed = formula(sizes, rehearsal(flags, sizes, tokens).config, 2, gpu)
+    counted = simulated(line, sizes.n_layers)
+    assert closed.keys() >= counted.keys() and counted.keys() >= closed.keys()
+    for term, size in counted.items():
+        assert closed[term][1] == pytest.approx(size, rel=0.01, abs=10**6), term
+
+
+@pytest.mark.parametrize("flags", [{}, AGAIN, FULL, FULL | AGAIN, QLORA])
+def test_every_term_of_the_formula_is_what_is_counted_on_a_cpu_within_a_hundredth(flags):
+    sizes = PRESETS["125m"]
+    line = predict(lambda n: rehearsal({"dtype": "fp32"} | flags, replace(sizes, n_layers=n), 512), sizes.n_layers)
+    closed = formula(sizes, rehearsal(flags, sizes, 512).config, 4)
+    for term, size in simulated(line, sizes.n_layers).items():
+        assert closed[term][1] == pytest.approx(size, rel=0.01, abs=10**6), term
+
+
+# The program
+
+
+def test_7b_in_json_has_every_term_and_takes_seconds_and_little_memory():
+    program = (
+        "import resource, sys, runpy; sys.argv[0] = 'memory.py'; runpy.run_path('memory.py', run_name='__main__');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    arguments = "--model 7b --method qlora --gradient_checkpointing --model_max_length 2048 --gpu 3090 --json".split()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )
+    answer, used = done.stdout.splitlines()
+    assert int(used) < 2 * 10**6  # kB
+    answer = json.loads(answer)
+    assert answer.keys() == {"model", "method", "flags", "terms", "per_layer", "peak", "peak_phase", "verdict"}
+    assert all(term.keys() == {"formula", "simulated", "measured"} for term in answer["terms"].values())
+    assert {"weights", "adapters", "gradients", "optimizer state", "logits and loss", "CUDA context"} <= answer["terms"].keys()
+    assert [row["layer"] for row in answer["per_layer"]] == list(range(32))
+    assert {"forward_kept", "backward_peak", "backward_added", "backward_freed"} < answer["per_layer"][0].keys()
+    peak = answer["peak"]
+    assert peak["allocated"]["simulated"] < peak["reserved"]["simulated"] < peak["nvidia_smi"]["simulated"] < 7e9
+    assert peak["allocated"]["measured"] is None
+    assert answer["verdict"]["fits"] and answer["peak_phase"].startswith("second step, ")
+
+
+def test_i_have_a_3090_and_a_7b():
+    answer = memory_py("--model", "7b", "--gpu", "3090").stdout
+    assert "On 3090 (25.44 GB): lora to 8192 tokens, qlora to 8192 tokens" in answer
+    assert "train.py --method lora" in answer and answer.count("tokens  ") >= 12
+
+
+def test_70b_on_two_24_gb_cards():
+    answer = memory_py("--model", "70b", "--gpu", "3090", "--nproc", "2").stdout
+    assert "None fits" in answer and "sharded over 2 x 3090" in answer and "one GPU that holds it today: a100-40" in answer
+
+
+def test_what_does_not_fit_is_told_what_would():
+    answer = memory_py("--model", "1b", "--method", "full", "--gpu", "8GB").stdout
+    assert "It does not fit: 8GB has 8.00 GB" in answer
+    changes = [line for line in answer.splitlines() if " GB  fits" in line or " GB  no" in line]
+    assert len(changes) >= 4 and any("fits" in line for line in changes)
+
+
+def test_the_largest_batch_fits_and_is_the_largest():
+    answer = memory_py("--model", "125m", "--method", "lora", "--gpu", "8GB", "--solve", "batch", "--model_max_length", "1024")
+    batch = int(answer.stdout.split()[1])
+    flags = replace(rehearsal({"dtype": "bf16"}, PRESETS["125m"], 1024).config, per_device_train_batch_size=batch)
+    gpu = find_gpu("8GB")
+    needs = [
+        memory.needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), 2, gpu)
+        for size in (batch, batch + 1 + batch // 4)
+    ]
+    assert needs[0] <= gpu.memory < needs[1]
+
+
+def test_the_starting_documents_table():
+    """The formula's and the count's own figures are in test_every_term; here, that the page is whole and its sums are."""
+    answer = memory_py("--reproduce").stdout
+    for figure in ("13.500", "0.844", "0.760", "69.904", "0.717", "0.405", "26.954", "96.86"):
+        assert figure in answer, figure
+    ladder = [line.split()[-1] for line in answer.splitlines()[-9:]]
+    readme = (REPOSITORY / "README.md").read_text()
+    for i, figure in enumerate(ladder):
+        assert float(figure) > 0 and (i == 5 or f"| {figure} |" in readme), "README's table is not what the command prints"
+    assert sorted(map(float, ladder[3:]), reverse=True) == [float(figure) for figure in ladder[3:]]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    memory_py("--model", "125m", "--method", "lora", "--gpu", "t4", "--plot", str(tmp_path / "out.png"))
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("--model 7b --gpu 5090x", "known are t4, 3090, 4090, a100-40, a100-80, h100, h200"),
+        ("--model nowhere", "no model at nowhere"),
+        ("--model 7b --mehtod lora", "did you mean --method?"),
+        ("--model 7b --method full --quantize nf4", "freezes the weights and --method full trains them"),
+        ("--model 7b --method lora --model_max_length 8192", "--per_device_train_batch_size 2 --model_max_length 4096"),
+        ("--model 7b --method lora --gpu t4 --dtype bf16", "t4 has no bf16"),
+        ("--model 7b --solve batch", "--solve needs --gpu"),
+        ("--model 7b --nproc 0", "--nproc must be at least 1"),
+        ("--model 7b --method lora --fsdp", "train.py cannot shard yet"),
+        ("--model 7b --device cpu --gpu t4", "--device cpu takes neither"),
+    ],
+)
+def test_a_users_mistake_gets_one_sentence_and_code_2(arguments, answer):
+    done = memory_py(*arguments.split())
+    assert done.returncode == 2 and answer in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_as_a_module_it_knows_nothing_of_the_project():
+    code = "import sys, memory; assert not {'train', 'model', 'quant', 'lora', 'data', 'generate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
