@@ -18,6 +18,7 @@ its dropout, so is the learning rate. That is all of exact resuming.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -971,6 +972,7 @@ def main():
         sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()  # DDP holds on to the group: what still had it at Python's own end could abort the process
             dist.destroy_process_group()
 
 
