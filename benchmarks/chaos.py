@@ -53,7 +53,7 @@ def main():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     common = "--fsdp True --device cpu --samples 0 --exact_match False --logging_steps 1 --save_steps 2".split()
-    common += ["--method", options.method, "--max_steps", str(10 * options.kills)]
+    common += ["--method", options.method, "--max_steps", str(16 * options.kills)]
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -337,6 +338,24 @@ def test_four_processes_give_the_run_of_one(base, fsdp):
     run(base, "one", gradient_accumulation_steps=4, max_steps=4, save_steps=0)
     together(base, "four", 4, fsdp=fsdp, max_steps=4, save_steps=0)
     assert_same_run(base, "one", "four")
+
+
+def test_two_nodes_give_the_run_of_one(base):
+    """README's command, on two addresses of this machine: each node has its own torchrun, and they meet at the first's port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run(base, "one", gradient_accumulation_steps=2, max_steps=4, save_steps=0)
+    nodes = []
+    for address in ("127.0.0.1", "127.0.0.2"):
+        meeting = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+        launcher = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--local_addr={address}")
+        words = command(base, "two", launcher=launcher, fsdp=True, max_steps=4, save_steps=0)
+        nodes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        _, message = node.communicate(timeout=120)
+        assert node.returncode == 0, message
+    assert_same_run(base, "one", "two")
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
