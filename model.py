@@ -123,7 +123,7 @@ def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: 
 
 def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> torch.Tensor:
     """Causal attention within each document of the stream. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
-    if method == "varlen" or (method == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+    if method == "varlen" or (method == "sdpa" and has_varlen(q)):
         # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
         from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
@@ -135,6 +135,11 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
         parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
         documents.append(attention_over_keys(*parts, method).transpose(0, 1))
     return torch.cat(documents)
+
+
+def has_varlen(x: torch.Tensor) -> bool:
+    """Whether flash attention runs where and as x is: 16 bits, on a GPU since Ampere (not on a T4 or V100)."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
