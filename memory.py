@@ -395,14 +395,15 @@ def watch(run, dry: bool, gpu: GPU | None = None, nproc: int = 1) -> Tracker:
     return tracker
 
 
-def predict(rehearse, n_layers: int, gpu: GPU | None = None, nproc: int = 1) -> Timeline:
-    """The timeline of a run on fake tensors. rehearse(layers) -> the run with that many layers: `build()` -> (model,
-    optimizer), `step()`, `evaluate()`, `save()`, and `row`, the tensors of a micro-batch. With a GPU: as on that GPU."""
+def predict(run, gpu: GPU | None = None, nproc: int = 1) -> Timeline:
+    """The timeline of a run on fake tensors; with a GPU: as on that GPU. run: a dataclass with the model's `sizes` and with
+    `build()` -> (model, optimizer), `step()`, `evaluate()`, `save()`, and `row`, the tensors of a micro-batch."""
+    n = run.sizes.n_layers
 
     def of(layers):
-        return timeline(watch(rehearse(layers), True, gpu, nproc).diary, gpu)
+        return timeline(watch(replace(run, sizes=replace(run.sizes, n_layers=layers)), True, gpu, nproc).diary, gpu)
 
-    return of(n_layers) if n_layers <= FEW[1] else stretch(*map(of, FEW), n_layers)
+    return of(n) if n <= FEW[1] else stretch(*map(of, FEW), n)
 
 
 class Gauge:
@@ -742,7 +743,7 @@ GENERIC = GPU("a GPU", 0)  # for who names none
 def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
     import train
 
-    return predict(train.Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None).with_layers, sizes.n_layers, gpu, nproc)
+    return predict(train.Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None), gpu, nproc)
 
 
 def holders(need) -> str:
@@ -832,7 +833,7 @@ def reproduce() -> None:
     sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
     pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
     flags = train.TrainConfig(**base | pure, attention="textbook")
-    line = predict(Document(flags, sizes, torch.device("cpu")).with_layers, sizes.n_layers)
+    line = predict(Document(flags, sizes, torch.device("cpu")))
     closed, counted = {x: size for x, (_, size) in formula(sizes, flags).items()}, simulated(line, sizes.n_layers)
     first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
     moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())

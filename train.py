@@ -444,9 +444,6 @@ class Rehearsal:
         row = torch.zeros(tokens, dtype=torch.int64)
         self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
 
-    def with_layers(self, layers: int) -> "Rehearsal":
-        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, n_layers=layers))
-
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
         self.model, dtype = build(self.config, self.device, self.sizes), computed_in(self.config, self.device)
@@ -494,7 +491,7 @@ class Memory:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
         run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised)
         try:
-            self.line = predict(run.with_layers, self.sizes.n_layers, self.gpu, self.world)
+            self.line = predict(run, self.gpu, self.world)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
         text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"

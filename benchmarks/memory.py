@@ -61,7 +61,7 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
     flags = {"dtype": "bf16" if gpu else "fp32", "model_max_length": tokens // batch, "per_device_train_batch_size": batch}
     pure = METHODS[method].get("pure_bf16") and {"dtype": "bf16"}
     config = TrainConfig(**flags | METHODS[method] | (pure or {}) | {"gradient_checkpointing": again})
-    line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu is not None).with_layers, sizes.n_layers, gpu)
+    line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu is not None), gpu)
     gc.collect()
     row = {"predicted": line.peak, "predicted_reserved": line.reserved, "measured": None, "measured_reserved": None}
     try:

@@ -148,7 +148,7 @@ def test_the_prediction_is_the_count_of_the_real_run_to_the_byte(name):
 @pytest.mark.parametrize("name", ["lora-accumulation", "qlora-checkpointing", "full-masters", "full-pure-bf16"])
 def test_a_deep_model_follows_from_two_shallow_ones_to_the_byte(name):
     deep = timeline(watch(rehearsal(RUNS[name], SIZES), True).diary)
-    assert as_plain(predict(rehearsal(RUNS[name], SIZES).with_layers, 9)) == as_plain(deep)
+    assert as_plain(predict(rehearsal(RUNS[name], SIZES))) == as_plain(deep)
 
 
 def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():
@@ -180,7 +180,7 @@ COMPARED = [
 def test_every_term_of_the_formula_is_what_is_counted_on_a_gpu_within_a_hundredth(preset, flags, tokens):
     flags, sizes, gpu = {"dtype": "bf16"} | flags, PRESETS[preset], GPUS["a100-80"]
     run = rehearsal(flags, sizes, tokens, for_gpu=True)
-    line = predict(run.with_layers, sizes.n_layers, gpu)
+    line = predict(run, gpu)
     closed = formula(sizes, run.config, gpu)
     counted = simulated(line, sizes.n_layers)
     assert closed.keys() >= counted.keys() and counted.keys() >= closed.keys()
@@ -192,7 +192,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_a_gpu_within_a_hundredt
 def test_every_term_of_the_formula_is_what_is_counted_on_a_cpu_within_a_hundredth(flags):
     sizes = PRESETS["125m"]
     run = rehearsal({"dtype": "fp32"} | flags, sizes, 512)
-    line = predict(run.with_layers, sizes.n_layers)
+    line = predict(run)
     closed = formula(sizes, run.config)
     for term, size in simulated(line, sizes.n_layers).items():
         assert closed[term][1] == pytest.approx(size, rel=0.01, abs=10**6), term
