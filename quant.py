@@ -470,7 +470,9 @@ class Int8Linear(FrozenLinear):
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.weight.data * self.scale.data.view(torch.float32)).to(dtype)
+        # Multiplied in fp32 and rounded once, straight into its place: no fp32 weight is made first.
+        out = torch.empty_like(self.weight, dtype=dtype)
+        return torch.mul(self.weight.data, self.scale.data.view(torch.float32), out=out)
 
 
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}

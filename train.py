@@ -64,7 +64,7 @@ from data import (
 )
 from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
-from memory import GPU, Timeline, Tracker, advice, explain_out_of_memory, formula, predict
+from memory import GPU, Tracker, explain_out_of_memory, predict
 from model import (
     CheckpointError,
     Llama,
@@ -522,23 +522,30 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
     return workers.sum(loss) / workers.sum(supervised)
 
 
+@dataclass
 class Rehearsal:
     """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
     one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
 
-    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen=False, supervised=None):
-        self.config, self.sizes, self.device, self.varlen, self.supervised = config, sizes, device, varlen, supervised
-        self.row_tokens = config.per_device_train_batch_size * config.model_max_length
-        row = torch.zeros(self.row_tokens, dtype=torch.int64)
-        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, self.row_tokens], dtype=torch.int32)}
+    config: TrainConfig
+    sizes: ModelConfig
+    device: torch.device
+    for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
+    supervised: int | None = None  # positions with a label, if that is known
+
+    def __post_init__(self):
+        tokens = self.config.per_device_train_batch_size * self.config.model_max_length
+        row = torch.zeros(tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
 
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
-        self.model = build(self.config, self.device, self.sizes)
-        for layer in self.model.layers if self.varlen else ():
-            layer.attention.method = "varlen"  # CUDA's kernel, which keeps other tensors than the CPU's
+        self.model, dtype = build(self.config, self.device, self.sizes), computed_in(self.config, self.device)
+        if self.for_gpu and self.config.attention == "sdpa" and dtype != torch.float32:
+            for layer in self.model.layers:
+                layer.attention.method = "varlen"
         self.optimizer = make_optimizer(self.config, self.model)
-        self.scaler, self.autocast = precision(self.config, computed_in(self.config, self.device), self.device)
+        self.scaler, self.autocast = precision(self.config, dtype, self.device)
         self.workers = Workers(self.device, alone=True)
         self.model.train()
         return self.model, self.optimizer
@@ -568,63 +575,48 @@ class Memory:
 
     def __init__(self, config: TrainConfig, sizes: ModelConfig, data: Data, device: torch.device, workers: Workers):
         dtype = next(name for name, dtype in DTYPES.items() if dtype == computed_in(config, device))
-        self.config, self.sizes, self.device, self.world = dataclasses.replace(config, dtype=dtype), sizes, device, workers.world
-        self.counted, self.gpu = Tracker(), None
-        if device.type == "cuda":
-            found = torch.cuda.get_device_properties(device)
-            hopper = {"workspace": 2**25} if found.major >= 9 else {}
-            self.gpu = GPU(found.name, found.total_memory, bf16=dtype != "fp16", **hopper)
+        self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype), sizes, workers.world
+        self.gpu = GPU.here(device) if device.type == "cuda" else None
+        self.counted, self.line = Tracker(), None
         counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
         self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
-        varlen = self.gpu is not None and self.config.attention == "sdpa" and self.config.dtype != "fp32"
-
-        def rehearse(layers):
-            sizes = dataclasses.replace(self.sizes, n_layers=layers)
-            return Rehearsal(self.config, sizes, torch.device("cpu"), varlen, self.supervised)
-
-        self.line: Timeline | None = None
         if self.config.fsdp:
             return "memory: not predicted for a sharded run"
+        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised)
         try:
-            self.line = predict(rehearse, self.sizes.n_layers, self.gpu, self.world)
+            self.line = predict(run, self.gpu, self.world)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
-        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest().name}"
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
         if self.gpu:
             needed = self.line.reserved + self.gpu.context
             text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
             if needed > self.gpu.memory:
-                text += f"\nwarning: that does not fit. {self.explained(0)}"
+                text += f"\nwarning: that does not fit: {self.explained()}"
         return text
 
-    def watched(self, model: Llama, optimizer, micro_batches):
+    def watched(self, model: Llama, optimizer, micro_batches) -> Tracker:
         """The tracker to run a step in, told of what is there already."""
-        there = [*model.parameters(), *(x for batch in micro_batches for x in batch.values())]
-        there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-        for tensor in there:
+        states = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+        for tensor in chain(model.parameters(), states, *(batch.values() for batch in micro_batches)):
             self.counted.watch(tensor)
         return self.counted
 
     def measured(self) -> str:
         measured, how = self.counted.peak, "counted in the first two steps"
         if self.gpu:
-            measured, how = torch.cuda.max_memory_allocated(self.device), "measured"
-            how += f" ({torch.cuda.max_memory_reserved(self.device) / 1e9:.3f} reserved)"
+            measured, how = torch.cuda.max_memory_allocated(), f"measured ({torch.cuda.max_memory_reserved() / 1e9:.3f} reserved)"
         if not measured or not self.line:
             return ""
         error = self.line.peak / measured - 1
         return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
 
-    def explained(self, in_use: int) -> str:
-        b = 4 if self.config.dtype == "fp32" else 2
-        terms = {name: size for name, (_, size) in formula(self.sizes, self.config, b, self.gpu, self.world).items()}
-        peak = self.line.peak if self.line else terms["allocated peak"]
-        gpu = self.gpu or GPU("this machine", 0)
-        ways = advice(self.sizes, self.config, b, gpu, self.world)
-        return explain_out_of_memory(terms, peak, gpu.memory, in_use, ways)
+    def explained(self, in_use: int | None = None) -> str:
+        peak = self.line.peak if self.line else None
+        return explain_out_of_memory(self.sizes, self.config, self.gpu, self.world, peak, in_use)
 
 
 class Exam:
@@ -820,13 +812,19 @@ def read_state(folder: Path, model: Llama) -> dict:
     return state
 
 
+def make_state(model: Llama, optimizer) -> None:
+    """Have the optimizer make the state that it makes in its first step: one with gradients of zero and, before the loop, a
+    rate of zero, which changes no weight."""
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def restore(folder: Path, model: Llama, optimizer, workers: Workers) -> None:
     """Give the model, and the optimizer if there is one, what the checkpoint holds; each rank reads its share."""
-    if optimizer is not None:  # it makes its state when it first steps: with a gradient and a rate of zero, which changes nothing
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        make_state(model, optimizer)
     with warnings.catch_warnings(action="ignore"):
         dcp.load(tensors_of(model, optimizer), storage_reader=FileSystemReader(folder), no_dist=workers.world == 1)
 
@@ -985,7 +983,7 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     # Begin, or go on where a checkpoint stands.
     start, best, rows = 0, math.inf, []
     if state:
-        restore(found[-1], model, optimizer, workers)
+        restore(found[-1], model, optimizer if state["step"] else None, workers)
         scaler.load_state_dict(state["scaler"])
         start, best, rows = state["step"], state["best"], state["rows"]
         say(f"resumed after step {start}")
@@ -1032,8 +1030,10 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     with StopSignal() as stop:
         if start == 0:
             run_evaluation(0)
-            if config.save_steps:
-                save_to_resume(0)  # a rehearsal: what cannot be saved is found out now, not after two days
+            if config.save_steps:  # a rehearsal in full size: what cannot be saved is found out now, not after two days
+                make_state(model, optimizer)
+                save_to_resume(0)
+                optimizer.state.clear()
         progress.began = time.perf_counter()
         for step in range(start + 1, total + 1):
             began = time.perf_counter()

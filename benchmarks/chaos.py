@@ -53,13 +53,14 @@ def main():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     common = "--fsdp True --device cpu --samples 0 --exact_match False --logging_steps 1 --save_steps 2".split()
-    common += ["--method", options.method, "--max_steps", str(16 * options.kills)]
+    common += ["--method", options.method, "--max_steps", str(10 * options.kills)]
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
 
         def start(where, *more):
             words = [*launch, str(ROOT / "train.py"), "--output_dir", str(where), *more]
-            return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            with open(Path(folder) / "stderr", "w") as errors:
+                return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
         assert start(whole, *common).wait() == 0, "the undisturbed run failed"
         kills = cut = again = 0
@@ -76,7 +77,8 @@ def main():
             time.sleep(random.uniform(0, 1.5))
             ranks = ranks_of(killed)
             if process.poll() is not None or not ranks:
-                raise SystemExit(f"the run ended by itself after {kills} kills; take more steps")
+                said = (Path(folder) / "stderr").read_text()
+                raise SystemExit(f"{said}\nthe run ended by itself after {kills} kills, code {process.poll()}")
             os.kill(random.choice(ranks), signal.SIGKILL)
             process.wait()
             kills += 1

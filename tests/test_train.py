@@ -281,6 +281,15 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base
     assert (base / "killed" / name).read_bytes() == (base / "whole" / name).read_bytes()
 
 
+def test_the_checkpoint_before_the_first_step_resumes_too(base):
+    """Found by killing: that checkpoint knew nothing of an optimizer, and a run killed before its second one could not go on."""
+    whole = run(base, save_total_limit=0)
+    for checkpoint in train_script.checkpoints(base / "run")[1:]:
+        subprocess.run(["rm", "-r", str(checkpoint)], check=True)
+    assert [path.name for path in train_script.checkpoints(base / "run")] == ["checkpoint-0"]
+    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == losses(whole)
+
+
 def torchrun(processes: int, *more):
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
 
