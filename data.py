@@ -27,7 +27,7 @@ import json
 import os
 import re
 import shutil
-import string
+import sys
 import types
 import typing
 import zlib
@@ -36,6 +36,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import sentencepiece
@@ -133,39 +134,33 @@ def load_template(name: str) -> tuple[Template, str]:
     the run. Raises DataError for whatever would write something else than the dialog."""
     if name in TEMPLATES:
         return TEMPLATES[name], name
-    if not name.endswith(".json") and not name.startswith("{"):
-        raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}, or a JSON file of your own")
     where = "--template" if name.startswith("{") else name
+    if where == name and not name.endswith(".json"):
+        raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}, or a JSON file of your own")
     try:
-        given = json.loads(name if name.startswith("{") else Path(name).read_text(encoding="utf-8"))
+        given = json.loads(name if where != name else Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from None
-    # What each string must hold once, and may hold once.
-    places = {"user": ("user", "system"), "assistant": ("assistant",), "system": ("system",)}
-    places["user_with_input"] = ("user", "input", "system")
+    places = {"user": ["user"], "assistant": ["assistant"], "system": ["system"], "user_with_input": ["user", "input"]}
     if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys() <= {*places, "stop"}:
         raise DataError(f"{where}: a template holds user, assistant and perhaps system, user_with_input, stop: found {given!a}")
-    for field, text in given.items():
-        if field == "stop":
-            if not isinstance(text, list) or not all(isinstance(word, str) and word for word in text):
-                raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
-            continue
-        if not isinstance(text, str):
-            raise DataError(f"{where}: {field!r} should hold text and holds {type(text).__name__}")
-        try:
-            parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
-        except ValueError as error:
-            raise DataError(f"{where}: {field!r}: {error}; a brace that is only a brace is written twice") from None
-        names = [part[1] for part in parts]
-        needed = [place for place in places[field] if place != "system" or field == "system"]
-        if any(part[2] or part[3] for part in parts) or sorted({*names, *needed}) != sorted(names) or {*names} - {*places[field]}:
-            expected = " and ".join(f"{{{place}}}" for place in needed)
-            raise DataError(f"{where}: {field!r} should hold {expected} once, and holds {text!r}")
+    stop = given.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
+        raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
+    for field in places.keys() & given.keys():
+        marks = {place: f"\0{place}\0" for place in ["system", *places[field]]}
+        try:  # written with marks in all places: does each needed one come out once, as it went in?
+            written = str.format(given[field], **marks)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            written = ""
+        if any(written.count(marks[place]) != 1 for place in places[field]) or written.count(marks["system"]) > 1:
+            expected = " and ".join(f"{{{place}}}" for place in places[field])
+            raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
     if "system" in given and "{system}" not in given["user"]:
         raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
-    return Template(**given | {"stop": tuple(given.get("stop", ()))}), json.dumps(given, ensure_ascii=False)
+    return Template(**given | {"stop": tuple(stop)}), json.dumps(given, ensure_ascii=False)
 
 
 class Piece(typing.NamedTuple):
@@ -279,7 +274,7 @@ def read_dialogs(path, source: str | None = None, target: str | None = None, sys
 def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None):
     """Yield the Records of a JSONL, JSON, CSV, parquet or text file, in order; all but JSON are streamed, .gz is unpacked.
 
-    A record is recognised by its fields (_as_dialog lists them). `source` and `target` name two other fields for prompt and
+    A record is recognised by its fields (dialog_of lists them). `source` and `target` name two other fields for prompt and
     reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
     A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
     goes on. A file that cannot be read to its end raises in any case."""
@@ -301,7 +296,7 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
         for where, found in readers[ending](path):
             empty = False
             try:
-                kind, dialog = _as_dialog(found, source, target, system)
+                kind, dialog = dialog_of(found, source, target, system)
                 for message in dialog:
                     "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
             except (DataError, UnicodeEncodeError) as error:
@@ -319,38 +314,28 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
         raise DataError(f"{path} holds no record")
 
 
-def _lines(path: Path):
-    """(number, bytes) of each line."""
+def _lines(path: Path, raising: bool = True):
+    """(number, text) of each line, Windows' endings made plain. Decoded singly, so that a bad byte is reported with its line:
+    raised, or yielded in the line's place."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        yield from enumerate(file, start=1)
-
-
-def _text(number: int, line: bytes) -> str:
-    """Decoded singly, so that a bad byte is reported with its line. Windows' endings are made plain."""
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _texts(path: Path):
-    for number, line in _lines(path):
-        try:
-            yield number, _text(number, line)
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                text = DataError(f"not UTF-8 text ({error.reason} at byte {error.start})")
+                if raising:
+                    raise DataError(f"{path}, line {number}: {text}") from None
+            yield number, text
 
 
 # The readers yield (place, record). What is wrong with one line only is yielded in the record's place.
 
 
 def _jsonl_records(path: Path):
-    for number, line in _lines(path):
+    for number, line in _lines(path, raising=False):
         try:
-            if text := _text(number, line).strip():
-                yield f"line {number}", json.loads(text)
-        except DataError as error:
-            yield f"line {number}", error
+            if isinstance(line, DataError) or line.strip():
+                yield f"line {number}", line if isinstance(line, DataError) else json.loads(line)
         except json.JSONDecodeError as error:
             yield f"line {number}", DataError(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list in a list
@@ -358,7 +343,7 @@ def _jsonl_records(path: Path):
 
 
 def _json_records(path: Path):
-    text = "".join(line for _, line in _texts(path))
+    text = "".join(line for _, line in _lines(path))
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -371,7 +356,7 @@ def _json_records(path: Path):
 
 def _csv_records(path: Path):
     csv.field_size_limit(2**31 - 1)  # its own limit is 128 KB a field
-    reader = csv.DictReader((line for _, line in _texts(path)), strict=True)
+    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     line_num = 0  # where the last good record ended: an open quote swallows the rest of the file
     try:
         for record in reader:
@@ -405,7 +390,7 @@ def _parquet_records(path: Path):
 
 def _txt_records(path: Path):
     paragraph, start = [], 1
-    for number, line in chain(_texts(path), [(0, "")]):
+    for number, line in chain(_lines(path), [(0, "")]):
         if line.strip():
             start = start if paragraph else number
             paragraph.append(line)
@@ -419,13 +404,22 @@ _FLAT = {"guanaco": re.compile(r"### (Human|Assistant):"), "human_bot": re.compi
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
 
 
-def _as_dialog(record, source: str | None, target: str | None, system: str | None) -> tuple[str, list[dict]]:
+PAIRS = (  # template, prompt, reply, a system message if there is one, an input if there is one
+    ("functions", "userPrompt", "assistantResponse", ("functionList", "systemPrompt"), None),
+    ("plain", "alpaca_prompt", "response", (), None),  # open-instruct: the prompt is written out already
+    ("alpaca", "instruction", "output", (), "input"),  # Alpaca, Open-Platypus
+    ("alpaca", "question", "answer", (), "references"),
+    ("llama2", "question", "response", ("system_prompt",), None),  # OpenOrca
+    ("llama2", "prompt", "response", (), None),
+)
+
+
+def dialog_of(record, source: str | None, target: str | None, system: str | None) -> tuple[str, list[dict]]:
     """(kind, dialog) of a record, by its fields."""
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, dict):
         raise DataError(f"expected a record with named fields, found {type(record).__name__}")
-    has = record.keys().__ge__
 
     def text(field):
         if not isinstance(record.get(field), str):
@@ -452,29 +446,19 @@ def _as_dialog(record, source: str | None, target: str | None, system: str | Non
                 roles = [_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
                 turns = [{"role": role, "content": turn.get("value")} for role, turn in zip(roles, turns, strict=True)]
             return "llama2", _checked_messages(turns, field)
-    if has({"userPrompt", "assistantResponse"}):  # function_calling_extended
-        before = next((field for field in ("functionList", "systemPrompt") if record.get(field)), None)
-        return "functions", pair("userPrompt", "assistantResponse", before)
-    if has({"alpaca_prompt", "response"}):  # open-instruct: the prompt is written out already
-        return "plain", pair("alpaca_prompt", "response")
-    if has({"instruction", "output"}):  # Alpaca, Open-Platypus
-        return "alpaca", pair("instruction", "output", **({"input": text("input")} if record.get("input") else {}))
-    if has({"instruction", "instances"}):  # Alpaca's seed tasks
+    if "instances" in record:  # Alpaca's seed tasks
         one = record["instances"]
         if not isinstance(one, list) or len(one) != 1 or not isinstance(one[0], dict):
             raise DataError("field 'instances' should hold a list of one {input, output} and does not")
-        return _as_dialog({"instruction": record["instruction"], **one[0]}, None, None, None)
-    if has({"question", "answer"}):  # webglm-qa: its answers cite [1], [2], ...
-        references = record.get("references") or []
-        references = [references] if isinstance(references, str) else references
-        if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
+        record = record | one[0]
+    if isinstance(record.get("references"), list):  # webglm-qa: its answers cite [1], [2], ...
+        if not all(isinstance(reference, str) for reference in record["references"]):
             raise DataError("field 'references' should hold a list of texts and does not")
-        numbered = "\n\n".join(f"[{i}] {r}" for i, r in enumerate(references, start=1))
-        return "alpaca", pair("question", "answer", **({"input": numbered} if numbered else {}))
-    if has({"question", "response"}):  # OpenOrca
-        return "llama2", pair("question", "response", "system_prompt")
-    if has({"prompt", "response"}):
-        return "llama2", pair("prompt", "response")
+        record = record | {"references": "\n\n".join(f"[{i}] {r}" for i, r in enumerate(record["references"], start=1))}
+    for kind, prompt, reply, before, extra in PAIRS:
+        if prompt in record and reply in record:
+            more = {"input": text(extra)} if record.get(extra) else {}
+            return kind, pair(prompt, reply, next((field for field in before if record.get(field)), None), **more)
     for field in ("text", "input"):
         for kind, marker in _FLAT.items() if isinstance(record.get(field), str) else ():
             parts = marker.split(record[field].strip())
@@ -621,6 +605,25 @@ def _write_tokens(folder: Path, documents, fates: Counter) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def pack(sizes, row_tokens: int, order) -> list[array]:
+    """Which documents, taken in this order, lie in which row. First fit: a document goes into the first of the latest 64 rows
+    with room for it. On no_robots in the llama2 template, rows of 512 tokens end up 95 % full and rows of 2,048 tokens 99 %."""
+    rows: list[array] = []
+    room: list[int] = []
+    for i in order:
+        size = sizes[i]
+        for row in range(max(0, len(rows) - 64), len(rows)):
+            if room[row] >= size:
+                break
+        else:
+            row = len(rows)
+            rows.append(array("i"))
+            room.append(row_tokens)
+        rows[row].append(int(i))
+        room[row] -= size
+    return rows
+
+
 class PackedBatches:
     """Documents packed into rows of exactly row_tokens tokens; every document is in exactly one row, whole.
 
@@ -629,24 +632,9 @@ class PackedBatches:
 
     def __init__(self, documents, row_tokens: int, seed: int = 0, shuffle: bool = True):
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
-        order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
         sizes = documents.sizes if isinstance(documents, TokenFile) else [len(ids) for ids, _ in documents]
+        self.rows = pack(sizes, row_tokens, np.random.default_rng(seed).permutation(len(sizes)) if shuffle else range(len(sizes)))
         self.order = None
-        self.rows: list[array] = []
-        # First fit: a document goes into the first of the latest 64 rows with room for it. On no_robots in the
-        # llama2 template, rows of 512 tokens end up 95 % full and rows of 2,048 tokens 99 %.
-        room: list[int] = []
-        for i in order:
-            size = sizes[i]
-            for row in range(max(0, len(self.rows) - 64), len(self.rows)):
-                if room[row] >= size:
-                    break
-            else:
-                row = len(self.rows)
-                self.rows.append(array("i"))
-                room.append(row_tokens)
-            self.rows[row].append(int(i))
-            room[row] -= size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -675,6 +663,82 @@ class PackedBatches:
             "labels": torch.from_numpy(labels),
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeing
+
+
+def read_all(config: "DataConfig", paths, refuse=None):
+    return chain.from_iterable(read_records(path, config.source, config.target, config.system, refuse) for path in paths)
+
+
+def text_of(dialog: list[dict], role: str | None = None) -> str:
+    return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
+
+
+def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+    """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
+    colour = sys.stdout.isatty()
+    for record in islice(read_all(config, [path for path, _ in inputs]), config.n):
+        template, name, why = choose_template([record.kind], config.template)
+        ids, labels = encode_dialog(record.dialog, tokenizer, template)
+        learned = [label != IGNORE for label in labels]
+        print(
+            f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'}); {name}, {why}",
+            end="",
+        )
+        width = 119
+        for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, learned, strict=True)):
+            text = f"{'*' if green and not colour else ''}{piece}:{token} "
+            if i == config.model_max_length:
+                print(f"\n--- cut here, at {i} tokens (--model_max_length)", end="")
+            if i == config.model_max_length or width + len(text) > 118:
+                print()
+                width = 0
+            print(f"\033[32m{text}\033[0m" if green and colour else text, end="")
+            width += len(text)
+        print("\n--- end of document")
+
+
+def stats(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+    """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
+    sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
+    for record in read_all(config, [path for path, _ in inputs]):
+        ids, labels = encode_dialog(record.dialog, tokenizer, choose_template([record.kind], config.template)[0])
+        sizes.append(len(ids))
+        counts["learned"] += sum(label != IGNORE for label in labels)
+        counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
+        seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
+        for message in record.dialog:
+            parts[message["role"]] += len(tokenizer.encode(text_of([message])))
+    n, total = len(sizes), sum(sizes)
+    parts["template"] = total - sum(parts.values())
+    print(f"{n:,} records, {n - len(seen):,} of them exact duplicates; {counts['turns']:,} turns")
+    print(f"{total:,} tokens, {counts['learned'] / total:.1%} learned:", end=" ")
+    print(*(f"{part} {count:,} ({count / total:.1%})" for part, count in parts.items()), sep=", ")
+    edges = [0, *(2**i for i in range(4, max(sizes).bit_length() + 1))]
+    heights = np.histogram(sizes, edges)[0]
+    print(f"tokens of a record: median {np.median(sizes):,.0f}, 99 % have at most {np.percentile(sizes, 99):,.0f}")
+    for i, height in enumerate(heights):
+        print(f"  {edges[i]:7,} to {edges[i + 1] - 1:7,} {height:9,} {'#' * round(60 * height / max(heights))}")
+    lengths = np.minimum(sizes, limit)
+    print(
+        f"{sum(lengths < sizes):,} records are longer than {limit:,} (--model_max_length), {total - sum(lengths):,} tokens lost"
+    )
+    order = np.random.default_rng(config.seed).permutation(n)
+    full = sum(lengths) / (len(pack(lengths, limit, order)) * limit)
+    batches = [lengths[order[i : i + 8]] for i in range(0, n, 8)]
+    padded = sum(lengths) / sum(batch.max() * len(batch) for batch in batches)
+    print(f"packed in rows of {limit:,}: {full:.1%} real tokens; batches of 8 padded to their longest: {padded:.1%}")
+    if config.plot:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise DataError("--plot needs matplotlib: pip install matplotlib") from None
+        figure = Figure()
+        figure.subplots(subplot_kw={"xlabel": "tokens of a record", "ylabel": "records"}).hist(sizes, bins=60)
+        figure.savefig(config.plot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,3 +788,67 @@ def _true_or_false(text: str) -> bool:
     if text not in ("True", "False", "true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+
+STAGES = ("clean", "length", "quality", "against", "dedup", "select", "split", "mix")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # What is read
+    source: str | None = None  # the field or column with the prompt, if it has a name of its own
+    target: str | None = None  # the field or column with the reply
+    system: str | None = None  # the field or column with a system message
+    template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
+    tokenizer: str = str(Path(__file__).resolve().parent / "tiny" / "tokenizer.model")  # SentencePiece file
+    model_max_length: int = 512  # longest document in tokens: show and stats mark what is cut, prepare removes it
+    seed: int = 42  # draws the order, the split, the copies
+    # show
+    n: int = 3  # records shown
+    # stats
+    plot: str | None = None  # a PNG of the lengths
+    # prepare
+    out: str | None = None  # the JSONL file to write; with --split also FILE.validation.jsonl
+    stages: tuple[str, ...] = STAGES  # those that are on; select, split and against also need their own flag
+    min_tokens: int = 0  # length: shorter records go
+    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common
+    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared
+    against: tuple[str, ...] = ()  # files of evaluation records: what shares 13 words in a row with one goes
+    select: int = 0  # so many records are kept; 0: all
+    select_by: Literal["longest", "diverse"] = "longest"  # by their replies
+    split: float = 0.0  # share held out for validation
+    overwrite: bool = False  # replace the file that --out names
+
+    def __post_init__(self):
+        for name, least, most in (("model_max_length", 1, 2**31), ("n", 1, 2**31), ("split", 0, 0.99), ("near", 0.3, 1)):
+            if not least <= getattr(self, name) <= most:
+                raise DataError(f"--{name} must be from {least} to {most}, not {getattr(self, name)}")
+        if unknown := {*self.stages} - {*STAGES}:
+            raise DataError(f"unknown stage {', '.join(sorted(unknown))}: known are {', '.join(STAGES)}")
+
+
+def main():
+    from preparing.stages import prepare  # here, as it imports this file
+
+    commands = {"show": show, "stats": stats, "prepare": prepare}
+    words = sys.argv[1:]
+    flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    try:
+        given = parse_flags(DataConfig, "python data.py show|stats|prepare FILE... [--flag value ...]", words[flags:])
+        if flags < 2 or words[0] not in commands:
+            raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
+        config = DataConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        commands[words[0]](config, [parse_input(word) for word in words[1:flags]], Tokenizer(config.tokenizer))
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    import data  # the module that preparing/ imports, not a second copy of it with a DataError of its own
+
+    data.main()

@@ -326,15 +326,14 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"user": "Q: {usr}"}, "'user' should hold {user} once, and holds 'Q: {usr}'"),
+        ({"user": "Q: {usr}"}, "'user' should hold {user} once, other braces written twice, not 'Q: {usr}'"),
         ({"user": "{user} {user}"}, "should hold {user} once"),
         ({"user": "{user!r}"}, "should hold {user} once"),
         ({"user": "{user.__class__}"}, "should hold {user} once"),
-        ({"user": "{user:>9}"}, "should hold {user} once"),
         ({"user": "{} {user}"}, "should hold {user} once"),
-        ({"user": "{ {user}"}, "a brace that is only a brace is written twice"),
+        ({"user": "{ {user}"}, "other braces written twice"),
         ({"assistant": "yes"}, "'assistant' should hold {assistant} once"),
-        ({"assistant": 3}, "'assistant' should hold text and holds int"),
+        ({"assistant": 3}, "'assistant' should hold {assistant} once"),
         ({"user_with_input": "{user}"}, "'user_with_input' should hold {user} and {input} once"),
         ({"user": "Q: {user}", "system": "{system}"}, "a system message would be lost"),
         ({"stop": "Q:"}, "'stop' should be a list"),
