@@ -5,7 +5,7 @@ are found and how many wrongly.
 
 Tokenising: the file's dialogs in the llama2 template, repeated to 5,000. Theirs is one call of the fast tokenizer on all turns,
 written out as Meta does, and a loop that appends each to the last row or opens another. Each is timed three times in turns and
-the best counts. Near-duplicates: texts of 200 words drawn as words of a language are (Zipf); for the quality every text is planted
+the best counts. Near-duplicates: texts of 200 words drawn as words of a language are (Zipf); for the quality each is planted
 once more with 1, 3 or 10 % of its words replaced. Each size is a process of its own: its memory is its own."""
 
 import argparse
