@@ -307,7 +307,8 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
                 refuse(f"{path}, {where}: {error}")
                 continue
             origin = found.get("provenance")
-            yield Record(dialog, kind, path, where, origin if isinstance(origin, str) else f"{path.name}, {where}")
+            origin = origin if isinstance(origin, str) else f"{path.name}, {where}"
+            yield Record(dialog, kind, path, where, origin.encode(errors="replace").decode())
     except (OSError, EOFError, zlib.error) as error:  # gzip's own errors have no strerror
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if empty:
@@ -399,7 +400,8 @@ def _txt_records(path: Path):
             paragraph = []
 
 
-# Conversations written out as one text. human_bot's markers count at the beginning of a line only, guanaco's anywhere.
+# Conversations written out as one text: human_bot's markers count at the beginning of a line only, guanaco's anywhere. Such a
+# file cannot say whether a marker is its own or a user's; the other schemas can, and `prepare` writes `messages`.
 _FLAT = {"guanaco": re.compile(r"### (Human|Assistant):"), "human_bot": re.compile(r"^<(human|bot)>:", re.M)}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
 
@@ -442,9 +444,7 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         if field in record:
             turns = record[field]
             if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-                roles = [turn.get("from") for turn in turns]
-                roles = [_ROLES.get(role, role) if isinstance(role, str) else role for role in roles]
-                turns = [{"role": role, "content": turn.get("value")} for role, turn in zip(roles, turns, strict=True)]
+                turns = [{"role": _ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
             return "llama2", _checked_messages(turns, field)
     if "instances" in record:  # Alpaca's seed tasks
         one = record["instances"]
@@ -831,6 +831,7 @@ def main():
     from preparing.stages import prepare  # here, as it imports this file
 
     commands = {"show": show, "stats": stats, "prepare": prepare}
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     words = sys.argv[1:]
     flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     try:

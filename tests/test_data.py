@@ -381,6 +381,7 @@ if given:
     contents = st.lists(words, max_size=6).map("".join).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))
     turns = st.tuples(contents, contents)
 
+    @pytest.mark.live
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(st.lists(turns, min_size=1, max_size=4), st.one_of(st.none(), contents), st.booleans(), st.sampled_from([*TEMPLATES]))
     def test_whatever_a_dialog_says_exactly_its_replies_are_learned(tokenizer, dialog, system, answered, name):
@@ -402,6 +403,7 @@ if given:
         for document, _ in documents:  # the batch call writes the same ids as the single one; an unanswered turn is left off
             assert document.tolist() == ids[: len(document)]
 
+    @pytest.mark.live
     @settings(max_examples=150, deadline=None)
     @given(st.lists(turns, min_size=1, max_size=3))
     def test_a_dialog_written_as_jsonl_is_read_as_it_was(tmp_path_factory, dialog):
@@ -540,7 +542,7 @@ NAMED = {  # name in REFERENCE's table: a record, the dialog it is, and the temp
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (name, kind)
+        pytest.param(name, kind, marks=[pytest.mark.live] if kind == "parquet" else [])
         for name, (record, _, _) in NAMED.items()
         for kind in ("jsonl", "json", "jsonl.gz", "csv", "parquet")
         if kind != "csv" or not any(isinstance(value, list) for value in record.values())  # a CSV field holds text only
@@ -818,7 +820,15 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "n"), [("jsonl", 4000), ("json", 2000), ("csv", 2000), ("txt", 500), ("jsonl.gz", 1000), ("parquet", 500)]
+    ("kind", "n"),
+    [
+        ("jsonl", 4000),
+        ("json", 2000),
+        ("csv", 2000),
+        ("txt", 500),
+        ("jsonl.gz", 1000),
+        pytest.param("parquet", 500, marks=pytest.mark.live),
+    ],
 )
 def test_10000_harmed_files_are_each_read_or_refused_with_their_name(tmp_path, kind, n):
     """Never a traceback: whatever is not a DataError fails here. The control: most harms do get a refusal."""
