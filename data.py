@@ -677,17 +677,22 @@ def text_of(dialog: list[dict], role: str | None = None) -> str:
     return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
 
 
+def template_for(config: "DataConfig", paths) -> Template:
+    """The template that train.py would take for all these files, and a word on it."""
+    kinds = {record.kind for record in read_all(config, paths)} if config.template is None else ()
+    template, name, why = choose_template(kinds, config.template)
+    print(f"template {name}: {why}")
+    return template
+
+
 def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
     """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
-    colour = sys.stdout.isatty()
-    for record in islice(read_all(config, [path for path, _ in inputs]), config.n):
-        template, name, why = choose_template([record.kind], config.template)
+    paths, colour = [path for path, _ in inputs], sys.stdout.isatty()
+    template = template_for(config, paths)
+    for record in islice(read_all(config, paths), config.n):
         ids, labels = encode_dialog(record.dialog, tokenizer, template)
         learned = [label != IGNORE for label in labels]
-        print(
-            f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'}); {name}, {why}",
-            end="",
-        )
+        print(f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'})", end="")
         width = 119
         for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, learned, strict=True)):
             text = f"{'*' if green and not colour else ''}{piece}:{token} "
@@ -704,8 +709,10 @@ def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
 def stats(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
     """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
     sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
-    for record in read_all(config, [path for path, _ in inputs]):
-        ids, labels = encode_dialog(record.dialog, tokenizer, choose_template([record.kind], config.template)[0])
+    paths = [path for path, _ in inputs]
+    template = template_for(config, paths)
+    for record in read_all(config, paths):
+        ids, labels = encode_dialog(record.dialog, tokenizer, template)
         sizes.append(len(ids))
         counts["learned"] += sum(label != IGNORE for label in labels)
         counts["turns"] += sum(m["role"] != "system" for m in record.dialog)

@@ -79,15 +79,18 @@ class NearDuplicates:
 
     Comparing all pairs is quadratic. MinHash (Broder, "On the resemblance and containment of documents") makes it linear: of
     a random function over the words, two texts have the same minimum with a probability equal to their similarity. 128 such
-    minima are cut into bands; texts equal in all of one band are compared word by word, others never."""
+    minima are cut into bands; of texts equal in all of one band all minima are compared, and where so many agree that they may
+    be near-duplicates, the words themselves. Others never meet."""
 
     MINIMA = 128
 
     def __init__(self, threshold: float):
-        self.threshold, self.sets, self.buckets, self.links = threshold, [], {}, []
-        # The longest bands that miss fewer than one pair in a thousand at the threshold itself: the fewest false alarms.
+        self.threshold, self.sets, self.seen, self.buckets, self.links = threshold, [], [], {}, []
+        # How many minima a near-duplicate shares at least: the mean less four standard deviations.
+        self.least = self.MINIMA * threshold - 4 * (self.MINIMA * threshold * (1 - threshold)) ** 0.5
+        # The longest bands that miss fewer than one pair in a hundred at the threshold itself: the fewest false alarms.
         missed = {rows: (1 - threshold**rows) ** (self.MINIMA // rows) for rows in range(1, 33)}
-        self.rows = max(rows for rows in missed if missed[rows] < 1e-3 or rows == 1)
+        self.rows = max(rows for rows in missed if missed[rows] < 1e-2 or rows == 1)
         self.factors = np.random.default_rng(0).integers(2**63, size=(self.MINIMA, 1), dtype=np.uint64) * 2 + 1
         self.hash = functools.lru_cache(2**18)(
             lambda word: int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
@@ -109,22 +112,22 @@ class NearDuplicates:
         words = self.words(text)
         minima = self.minima(words)
         bands = [hash((i, minima[i : i + self.rows].tobytes())) for i in range(0, self.MINIMA - self.rows + 1, self.rows)]
-        own, seen = np.sort((words >> np.uint64(32)).astype(np.uint32)), set()
+        own, met = np.sort((words >> np.uint64(32)).astype(np.uint32)), set()
         for i, band in enumerate(bands):
             other, steps = self.buckets.get(band, -1), 0
             while other >= 0 and steps < 100:  # texts that all share a band but are no duplicates must not make it quadratic
-                if other not in seen:
-                    seen.add(other)
+                if other not in met and np.count_nonzero(minima == self.seen[other]) >= self.least:
                     theirs = self.sets[other]
-                    if min(len(own), len(theirs)) >= self.threshold * max(len(own), len(theirs)):
-                        both = len(own) - len(np.setdiff1d(own, theirs, assume_unique=True))
-                        if both >= self.threshold * (len(own) + len(theirs) - both):
-                            return other
+                    both = len(own) - len(np.setdiff1d(own, theirs, assume_unique=True))
+                    if both >= self.threshold * (len(own) + len(theirs) - both):
+                        return other
+                met.add(other)
                 other, steps = self.links[other][i], steps + 1
         if add:
             self.links.append(array("i", [self.buckets.get(band, -1) for band in bands]))
             self.buckets.update(dict.fromkeys(bands, len(self.sets)))
             self.sets.append(own)
+            self.seen.append(minima)
         return None
 
 

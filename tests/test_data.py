@@ -426,6 +426,14 @@ def test_every_reply_trains_with_its_end_token_and_nothing_else_does(tokenizer, 
     assert learned(ids, labels) == [*tokenizer.encode(written[0]), 2, *tokenizer.encode(written[1]), 2]
 
 
+def test_a_turn_of_a_million_letters_is_read_and_cut_like_any_other(tokenizer):
+    dialog = [{**ASK, "content": "ferry " * 20_000}, {**REPLY, "content": "lamp 日本 " * 100_000}]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES["llama2"])
+    assert learned(ids, labels) == tokenizer.encode(dialog[1]["content"].strip() + " ", eos=True)
+    ((cut, _),), fates = encode_documents([dialog], tokenizer, TEMPLATES["llama2"], max_length=len(ids) - 5)
+    assert cut.tolist() == ids[:-5] and fates["kept"] == 1
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_train_on_inputs_trains_the_prompt_as_well(tokenizer, template):
     dialog = [SYSTEM, ASK, REPLY]
