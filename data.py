@@ -20,14 +20,23 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import gzip
+import hashlib
 import inspect
 import json
+import os
 import re
+import shutil
+import sys
 import types
 import typing
+import zlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import sentencepiece
@@ -65,6 +74,9 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        return self.pieces.encode(texts)  # one call for many texts: no crossing into C++ and back for each
+
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode([i for i in ids if i < self.vocab_size])  # rows that only pad a model's table write nothing
 
@@ -83,7 +95,7 @@ class Template:
     user: str = "{system}{user}"
     assistant: str = "{assistant}"
     system: str = "{system}\n\n"
-    user_with_input: str = "{system}{user}\n\n{input}"  # for records that have a separate input (Alpaca's)
+    user_with_input: str = ""  # for records that have a separate input (Alpaca's); if empty, `user` and the input below it
     default_system: str = ""
     default_system_with_input: str = ""
     bos_every_turn: bool = False  # Meta opens every turn of a chat with <s>, as every turn ends with </s>
@@ -96,7 +108,6 @@ TEMPLATES = {
     "llama2": Template(
         system="<<SYS>>\n{system}\n<</SYS>>\n\n",
         user="[INST] {system}{user} [/INST]",
-        user_with_input="[INST] {system}{user}\n\n{input} [/INST]",
         assistant="{assistant} ",
         bos_every_turn=True,
     ),
@@ -108,35 +119,99 @@ TEMPLATES = {
         stop=("### Instruction:",),
     ),
     "plain": Template(),
+    "human_bot": Template(user="{system}<human>: {user}\n<bot>:", assistant="{assistant}\n", stop=("<human>:",)),
+    "guanaco": Template(user="{system}### Human: {user}### Assistant:", stop=("### Human:",)),
+    "functions": Template(system="<FUNCTIONS>{system}</FUNCTIONS>\n\n", user="{system}[INST] {user} [/INST]\n\n"),
 }
+
+
+def load_template(name: str) -> tuple[Template, str]:
+    """The template of that name, or a user's own: a JSON file (a name that ends in .json) or the JSON itself.
+
+        {"user": "Q: {system}{user}\\nA:", "assistant": "{assistant}\\n", "stop": ["Q:"]}
+
+    Returns the template and what run.json keeps to find it again: the name, or for a user's own the JSON, which travels with
+    the run. Raises DataError for whatever would write something else than the dialog."""
+    if name in TEMPLATES:
+        return TEMPLATES[name], name
+    where = "--template" if name.startswith("{") else name
+    if where == name and not name.endswith(".json"):
+        raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}, or a JSON file of your own")
+    try:
+        given = json.loads(name if where != name else Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from None
+    places = {"user": ["user"], "assistant": ["assistant"], "system": ["system"], "user_with_input": ["user", "input"]}
+    if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys() <= {*places, "stop"}:
+        raise DataError(f"{where}: a template holds user, assistant and perhaps system, user_with_input, stop: found {given!a}")
+    stop = given.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
+        raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
+    for field in places.keys() & given.keys():
+        marks = {place: f"\0{place}\0" for place in ["system", *places[field]]}
+        try:  # written with marks in all places: does each needed one come out once, as it went in?
+            written = str.format(given[field], **marks)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            written = ""
+        if any(written.count(marks[place]) != 1 for place in places[field]) or written.count(marks["system"]) > 1:
+            expected = " and ".join(f"{{{place}}}" for place in places[field])
+            raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
+    if "system" in given and "{system}" not in given["user"]:
+        raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
+    return Template(**given | {"stop": tuple(stop)}), json.dumps(given, ensure_ascii=False)
+
+
+class Piece(typing.NamedTuple):
+    """What is tokenised in one go."""
+
+    text: str
+    begins: bool  # opened by <s>
+    reply: bool  # learned, and ended by </s>
+
+
+def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
+    """A dialog as the texts that are tokenised one by one, so that what a user writes can never move the border of a reply.
+
+    Messages lose the white space around them, as Meta's own chat code does: it would be learned as part of the reply.
+    A dialog that ends on a user turn ends where the reply would begin: the prompt of generate.py."""
+    if dialog[0]["role"] == "text":
+        return [Piece(dialog[0]["content"], True, True)]
+    given, turns = "", dialog
+    if dialog[0]["role"] == "system":
+        given, turns = dialog[0]["content"].strip(), dialog[1:]
+    pieces = []
+    for i, message in enumerate(turns):
+        content = message["content"].strip()
+        if message["role"] == "assistant":
+            pieces.append(Piece(template.assistant.format(assistant=content), False, True))
+            continue
+        extra = message.get("input", "").strip()
+        system = given or (template.default_system_with_input if extra else template.default_system) if i == 0 else ""
+        if extra and not template.user_with_input:
+            content = f"{content}\n\n{extra}"
+        written = (template.user_with_input if extra and template.user_with_input else template.user).format(
+            system=template.system.format(system=system) if system else "", user=content, input=extra
+        )
+        pieces.append(Piece(written, i == 0 or template.bos_every_turn, False))
+    return pieces
 
 
 def encode_dialog(dialog: list[dict], tokenizer: Tokenizer, template: Template, train_on_inputs: bool = False):
     """A dialog as (ids, labels), two lists of the same length; labels are ids where the model learns and -100 elsewhere.
 
-    Every assistant turn is learned, its end token included; with train_on_inputs everything is, as raw text always is.
-    Messages lose the white space around them, as Meta's own chat code does: it would be learned as part of the reply.
-    A dialog that ends on a user turn ends where the reply would begin: the prompt of generate.py."""
-    if dialog[0]["role"] == "text":
-        ids = tokenizer.encode(dialog[0]["content"], bos=True, eos=True)
-        return ids, list(ids)
-    given, turns = "", dialog
-    if dialog[0]["role"] == "system":
-        given, turns = dialog[0]["content"].strip(), dialog[1:]
+    Every assistant turn is learned, its end token included; with train_on_inputs everything is, as raw text always is."""
+    pieces = write_dialog(dialog, template)
+    return _joined(pieces, tokenizer.encode_all([piece.text for piece in pieces]), tokenizer, train_on_inputs)
+
+
+def _joined(pieces: list[Piece], encoded: list[list[int]], tokenizer: Tokenizer, train_on_inputs: bool):
     ids, labels = [], []
-    for i, message in enumerate(turns):
-        reply, content = message["role"] == "assistant", message["content"].strip()
-        if reply:
-            piece = tokenizer.encode(template.assistant.format(assistant=content), eos=True)
-        else:
-            extra = message.get("input", "").strip()
-            system = given or (template.default_system_with_input if extra else template.default_system) if i == 0 else ""
-            written = (template.user_with_input if extra else template.user).format(
-                system=template.system.format(system=system) if system else "", user=content, input=extra
-            )
-            piece = tokenizer.encode(written, bos=i == 0 or template.bos_every_turn)
-        ids += piece
-        labels += piece if reply or train_on_inputs else [IGNORE] * len(piece)
+    for piece, tokens in zip(pieces, encoded, strict=True):
+        tokens = [tokenizer.bos_id] * piece.begins + tokens + [tokenizer.eos_id] * piece.reply
+        ids += tokens
+        labels += tokens if piece.reply or train_on_inputs else [IGNORE] * len(tokens)
     return ids, labels
 
 
@@ -144,65 +219,135 @@ def encode_dialog(dialog: list[dict], tokenizer: Tokenizer, template: Template, 
 # Records
 
 
-def read_dialogs(path, source: str | None = None, target: str | None = None):
-    """Yield the dialogs of a JSONL, JSON, CSV or text file, in order.
+# Where the named datasets are, and which file of each to take.
+_HUB = "https://huggingface.co/datasets/"
+DATASETS = {
+    "no_robots": ("HuggingFaceH4/no_robots", "data/train-*.parquet"),
+    "openchat_sharegpt4": ("openchat/openchat_sharegpt4_dataset", "one of the .json files of conversations"),
+    "openassistant-guanaco": ("timdettmers/openassistant-guanaco", "openassistant_best_replies_train.jsonl"),
+    "h2ogpt-oig-oasst1-instruct-cleaned": ("h2oai/h2ogpt-oig-oasst1-instruct-cleaned-v2", "the .json file"),
+    "open-platypus": ("garage-bAInd/Open-Platypus", "data/train-*.parquet"),
+    "alpaca": ("tatsu-lab/alpaca", "data/train-*.parquet"),
+    "dolphin": ("cognitivecomputations/dolphin", "flan1m-alpaca-uncensored.jsonl"),
+    "openorca": ("Open-Orca/OpenOrca", "1M-GPT4-Augmented.parquet"),
+    "open-instruct": ("VMware/open-instruct", "the .csv or .parquet file"),
+    "function_calling_extended": ("Trelis/function_calling_extended", "the .csv or .json file"),
+    "webglm-qa": ("THUDM/webglm-qa", "train.jsonl"),
+}
+_PASS = {"dolphin": " --system instruction --source input --target output"}  # its fields are Alpaca's, and mean something else
 
-    A record is recognised by its fields: `messages`; `instruction`, `output` and perhaps `input`; `prompt` and `response`;
-    `text`. `source` and `target` name two other fields for prompt and reply. A .txt file is raw text, a document a paragraph.
-    Raises DataError with the file, the line and the reason for the first record that is not right."""
+
+class Record(typing.NamedTuple):
+    dialog: list[dict]
+    kind: str  # the template that records with these fields are written for
+    file: Path
+    where: str  # "line 7"
+    origin: str  # the same for people, or what a prepared record says of where it was before
+
+
+def parse_input(given: str) -> tuple[Path, float]:
+    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often."""
+    path, weight = Path(given), 1.0
+    if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
+        path, weight = Path(weighted[1]), float(weighted[2])
+    if weight == 0:
+        raise DataError(f"{given}: a weight is above 0")
+    if path.name.lower() in DATASETS and not path.exists():
+        home, file = DATASETS[path.name.lower()]
+        pass_on = _PASS.get(path.name.lower(), "")
+        raise DataError(f"{path.name} is not here: download {file} from {_HUB}{home} and pass its path: --data FILE{pass_on}")
+    return path, weight
+
+
+def copies(weight: float, number: int, seed: int) -> int:
+    """How often record `number` of a file is seen: 2 or 3 times for a weight of 2.5, by chance, always alike for a seed."""
+    part = weight % 1
+    return int(weight) + bool(part and np.random.default_rng((seed, number)).random() < part)
+
+
+def read_dialogs(path, source: str | None = None, target: str | None = None, system: str | None = None):
+    """Yield the dialogs of a file, in order. Raises DataError with the file, the line and the reason for the first bad record."""
+    for record in read_records(path, source, target, system):
+        yield record.dialog
+
+
+def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None):
+    """Yield the Records of a JSONL, JSON, CSV, parquet or text file, in order; all but JSON are streamed, .gz is unpacked.
+
+    A record is recognised by its fields (dialog_of lists them). `source` and `target` name two other fields for prompt and
+    reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
+    A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
+    goes on. A file that cannot be read to its end raises in any case."""
     path = Path(path)
     readers = {".jsonl": _jsonl_records, ".json": _json_records, ".csv": _csv_records, ".txt": _txt_records}
+    readers[".parquet"] = _parquet_records
+    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the files in it")
-    if path.suffix not in readers:
-        raise DataError(f"{path}: unknown kind of file {path.suffix or '(no ending)'!r}: known are {', '.join(readers)}")
+    if ending not in readers or path.suffixes[-2:] == [".parquet", ".gz"]:
+        found = path.suffix or "(no ending)"
+        raise DataError(f"{path}: unknown kind of file {found!r}: known are {', '.join(readers)}, and .gz of the text ones")
     if (source is None) != (target is None):
         raise DataError("--source and --target name two fields together: give both or neither")
+    if system is not None and source is None:
+        raise DataError("--system names the field of a system message beside --source and --target: give these too")
     empty = True
     try:
-        for where, record in readers[path.suffix](path):
+        for where, found in readers[ending](path):
             empty = False
             try:
-                dialog = _as_dialog(record, source, target)
+                kind, dialog = dialog_of(found, source, target, system)
                 for message in dialog:
                     "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
-            except UnicodeEncodeError as error:
-                raise DataError(f"{path}, {where}: holds half a character, {error.object[error.start]!a}") from None
-            except DataError as error:
-                raise DataError(f"{path}, {where}: {error}") from None
-            yield dialog
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            except (DataError, UnicodeEncodeError) as error:
+                if isinstance(error, UnicodeEncodeError):
+                    error = f"holds half a character, {error.object[error.start]!a}"
+                if refuse is None:
+                    raise DataError(f"{path}, {where}: {error}") from None
+                refuse(f"{path}, {where}: {error}")
+                continue
+            origin = found.get("provenance")
+            origin = origin if isinstance(origin, str) else f"{path.name}, {where}"
+            yield Record(dialog, kind, path, where, origin.encode(errors="replace").decode())
+    except (OSError, EOFError, zlib.error) as error:  # gzip's own errors have no strerror
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if empty:
         raise DataError(f"{path} holds no record")
 
 
-def _lines(path: Path):
-    """(number, text) of each line, Windows' endings made plain. Decoded singly, so that a bad byte is reported with its line."""
-    with open(path, "rb") as file:
+def _lines(path: Path, raising: bool = True):
+    """(number, text) of each line, Windows' endings made plain. Decoded singly, so that a bad byte is reported with its line:
+    raised, or yielded in the line's place."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-            yield number, text.replace("\r\n", "\n")
+                text = DataError(f"not UTF-8 text ({error.reason} at byte {error.start})")
+                if raising:
+                    raise DataError(f"{path}, line {number}: {text}") from None
+            yield number, text
+
+
+# The readers yield (place, record). What is wrong with one line only is yielded in the record's place.
 
 
 def _jsonl_records(path: Path):
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
+    for number, line in _lines(path, raising=False):
         try:
-            yield f"line {number}", json.loads(line)
+            if isinstance(line, DataError) or line.strip():
+                yield f"line {number}", line if isinstance(line, DataError) else json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
+            yield f"line {number}", DataError(f"not JSON: {error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list in a list
+            yield f"line {number}", DataError(f"not JSON that can be read: {error}")
 
 
 def _json_records(path: Path):
     text = "".join(line for _, line in _lines(path))
     try:
         records = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
@@ -225,9 +370,28 @@ def _csv_records(path: Path):
         raise DataError(f"{path}, the record from line {line_num + 1}: not CSV: {error}") from None
 
 
+def _parquet_records(path: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, (DataError, FileNotFoundError)):
+            raise
+        raise DataError(f"{path}, after row {number}: not parquet: {str(error).splitlines()[0]}") from None
+
+
 def _txt_records(path: Path):
     paragraph, start = [], 1
-    for number, line in [*_lines(path), (0, "")]:
+    for number, line in chain(_lines(path), [(0, "")]):
         if line.strip():
             start = start if paragraph else number
             paragraph.append(line)
@@ -236,7 +400,26 @@ def _txt_records(path: Path):
             paragraph = []
 
 
-def _as_dialog(record, source: str | None, target: str | None) -> list[dict]:
+# Conversations written out as one text: human_bot's markers count at the beginning of a line only, guanaco's anywhere. Such a
+# file cannot say whether a marker is its own or a user's; the other schemas can, and `prepare` writes `messages`.
+_FLAT = {"guanaco": re.compile(r"### (Human|Assistant):"), "human_bot": re.compile(r"^<(human|bot)>:", re.M)}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
+
+
+PAIRS = (  # template, prompt, reply, a system message if there is one, an input if there is one
+    ("functions", "userPrompt", "assistantResponse", ("functionList", "systemPrompt"), None),
+    ("plain", "alpaca_prompt", "response", (), None),  # open-instruct: the prompt is written out already
+    ("alpaca", "instruction", "output", (), "input"),  # Alpaca, Open-Platypus
+    ("alpaca", "question", "answer", (), "references"),
+    ("llama2", "question", "response", ("system_prompt",), None),  # OpenOrca
+    ("llama2", "prompt", "response", (), None),
+)
+
+
+def dialog_of(record, source: str | None, target: str | None, system: str | None) -> tuple[str, list[dict]]:
+    """(kind, dialog) of a record, by its fields."""
+    if isinstance(record, DataError):
+        raise record
     if not isinstance(record, dict):
         raise DataError(f"expected a record with named fields, found {type(record).__name__}")
 
@@ -246,70 +429,199 @@ def _as_dialog(record, source: str | None, target: str | None) -> list[dict]:
             raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {', '.join(map(str, record))}")
         return record[field]
 
-    def pair(prompt, reply, **more):
-        return [{"role": "user", "content": text(prompt), **more}, {"role": "assistant", "content": text(reply)}]
+    def pair(prompt, reply, before=None, **more):
+        first = [{"role": "system", "content": text(before)}] if before and record.get(before) else []
+        return [*first, {"role": "user", "content": text(prompt), **more}, {"role": "assistant", "content": text(reply)}]
 
     if source is not None:
-        return pair(source, target)
-    if "messages" in record:
-        return _checked_messages(record["messages"])
-    if "instruction" in record and "output" in record:
-        return pair("instruction", "output", **({"input": text("input")} if record.get("input") else {}))
-    if "prompt" in record and "response" in record:
-        return pair("prompt", "response")
+        if system is not None:
+            text(system)
+        return "llama2", pair(source, target, system)
+    if "messages" in record:  # no_robots, and what `prepare` writes
+        kind = record.get("kind")
+        return kind if isinstance(kind, str) and kind in TEMPLATES else "llama2", _checked_messages(record["messages"])
+    for field in ("conversations", "items"):  # ShareGPT, openchat_sharegpt4
+        if field in record:
+            turns = record[field]
+            if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+                turns = [{"role": _ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
+            return "llama2", _checked_messages(turns, field)
+    if "instances" in record:  # Alpaca's seed tasks
+        one = record["instances"]
+        if not isinstance(one, list) or len(one) != 1 or not isinstance(one[0], dict):
+            raise DataError("field 'instances' should hold a list of one {input, output} and does not")
+        record = record | one[0]
+    if isinstance(record.get("references"), list):  # webglm-qa: its answers cite [1], [2], ...
+        if not all(isinstance(reference, str) for reference in record["references"]):
+            raise DataError("field 'references' should hold a list of texts and does not")
+        record = record | {"references": "\n\n".join(f"[{i}] {r}" for i, r in enumerate(record["references"], start=1))}
+    for kind, prompt, reply, before, extra in PAIRS:
+        if prompt in record and reply in record:
+            more = {"input": text(extra)} if record.get(extra) else {}
+            return kind, pair(prompt, reply, next((field for field in before if record.get(field)), None), **more)
+    for field in ("text", "input"):
+        for kind, marker in _FLAT.items() if isinstance(record.get(field), str) else ():
+            parts = marker.split(record[field].strip())
+            if len(parts) > 1 and not parts[0]:  # openassistant-guanaco, h2ogpt-oig-oasst1: ["", role, content, role, ...]
+                roles = [_ROLES[role.lower()] for role in parts[1::2]]
+                turns = [{"role": r, "content": c.strip()} for r, c in zip(roles, parts[2::2], strict=True)]
+                if len(turns) > 1 and turns[-1] == {"role": "user", "content": ""}:
+                    del turns[-1]  # "<human>:" at the end only says that the reply is over
+                return kind, _checked_messages(turns, field)
     if "text" in record:
-        return [{"role": "text", "content": text("text")}]
+        return "text", [{"role": "text", "content": text("text")}]
     raise DataError(
         f"no known fields among {', '.join(map(str, record)) or '(none)'}: known are messages; instruction, input, output; "
-        "prompt, response; text; or name two with --source and --target"
+        "prompt, response; text; or name two with --source and --target (README.md lists all)"
     )
 
 
-def _checked_messages(messages) -> list[dict]:
+def _checked_messages(messages, field: str = "messages") -> list[dict]:
     if not isinstance(messages, list) or not messages:
-        raise DataError("field 'messages' should hold a list of messages and does not")
+        raise DataError(f"field {field!r} should hold a list of messages and does not")
     expected = ("system", "user")
     for i, message in enumerate(messages, start=1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in expected:
-            raise DataError(f"message {i} has the role {role!r}, expected {' or '.join(expected)}")
+            raise DataError(f"message {i} has the role {role!a}, expected {' or '.join(expected)}")
         if not isinstance(content, str):
             raise DataError(f"message {i} should hold text in 'content' and holds {type(content).__name__}")
         expected = ("assistant",) if role == "user" else ("user",)
     if messages[-1]["role"] == "system":
         raise DataError("a system message alone is no conversation")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [
+        {"role": m["role"], "content": m["content"]} | ({"input": m["input"]} if isinstance(m.get("input"), str) else {})
+        for m in messages
+    ]
+
+
+def choose_template(kinds, asked: str | None) -> tuple[Template, str, str]:
+    """(template, what run.json keeps of it, a word on why) for records of these kinds, unless one is asked for."""
+    kinds = sorted({*kinds} - {"text"})  # raw text is raw text in any template
+    if asked is not None:
+        return *load_template(asked), "as asked"
+    if len(kinds) > 1:
+        return *load_template("llama2"), f"the records are of several kinds ({', '.join(kinds)}); --template names another"
+    name = kinds[0] if kinds else "plain"
+    return *load_template(name), "by the records' fields; --template names another" if kinds else "the records are raw text"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents and rows
 
 
-def encode_documents(dialogs, tokenizer, template, *, max_length: int, too_long: str = "cut", train_on_inputs=False):
+def encode_documents(dialogs, tokenizer, template, *, max_length, too_long="cut", train_on_inputs=False, cache=None):
     """The dialogs that can train, as [(ids, labels)] int32 arrays of at most max_length tokens, and a Counter of their fates.
 
     too_long: "cut" keeps the first max_length tokens of a longer document, "drop" leaves it out. A record whose reply is
-    empty, or cut away whole, has nothing to learn from and is left out. All is counted under the words that train.py prints."""
-    documents, fates = [], Counter()
-    for dialog in dialogs:
-        if dialog[-1]["role"] == "user":
-            dialog = dialog[:-1]  # an unanswered last turn teaches nothing
-        if not any(m["role"] in ("assistant", "text") and m["content"].strip() for m in dialog):
-            fates["dropped, no reply"] += 1
-            continue
-        ids, labels = encode_dialog(dialog, tokenizer, template, train_on_inputs)
-        if len(ids) > max_length:
-            if too_long == "drop":
-                fates[f"dropped, longer than {max_length} tokens"] += 1
-                continue
-            ids, labels = ids[:max_length], labels[:max_length]
-            if all(label == IGNORE for label in labels[1:]):
-                fates[f"dropped, reply begins after {max_length} tokens"] += 1
-                continue
-            fates[f"of these cut to {max_length} tokens"] += 1
-        fates["kept"] += 1
-        documents.append((np.array(ids, np.int32), np.array(labels, np.int32)))
-    return documents, fates
+    empty, or cut away whole, has nothing to learn from and is left out. All is counted under the words that train.py prints.
+    cache: a folder (cache_folder makes its name) in which the documents are kept, instead of in memory."""
+    fates = Counter()
+    if cache is None:
+        return list(_encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates)), fates
+    if not cache.is_dir():
+        _write_tokens(cache, _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates), fates)
+    return TokenFile(cache), Counter(json.loads((cache / "fates.json").read_text()))
+
+
+def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates):
+    dialogs = iter(dialogs)
+    while batch := list(islice(dialogs, 256)):
+        written = []
+        for dialog in batch:
+            if dialog[-1]["role"] == "user":
+                dialog = dialog[:-1]  # an unanswered last turn teaches nothing
+            if any(m["role"] in ("assistant", "text") and m["content"].strip() for m in dialog):
+                written.append(write_dialog(dialog, template))
+            else:
+                fates["dropped, no reply"] += 1
+        encoded = iter(tokenizer.encode_all([piece.text for pieces in written for piece in pieces]))
+        for pieces in written:
+            ids, labels = _joined(pieces, list(islice(encoded, len(pieces))), tokenizer, train_on_inputs)
+            if len(ids) > max_length:
+                if too_long == "drop":
+                    fates[f"dropped, longer than {max_length} tokens"] += 1
+                    continue
+                ids, labels = ids[:max_length], labels[:max_length]
+                if all(label == IGNORE for label in labels[1:]):
+                    fates[f"dropped, reply begins after {max_length} tokens"] += 1
+                    continue
+                fates[f"of these cut to {max_length} tokens"] += 1
+            fates["kept"] += 1
+            yield np.array(ids, np.int32), np.array(labels, np.int32)
+
+
+CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
+
+
+def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
+    """Where the tokens of these files under these settings are kept: a name made of the content of all that decides them.
+    None for data so small that there is nothing to save."""
+    if sum(Path(path).stat().st_size for path in paths) < CACHE_FROM:
+        return None
+    key = hashlib.blake2b(repr((1, *settings)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            key.update(hashlib.file_digest(file, "blake2b").digest())
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "nanotune" / key.hexdigest()
+
+
+class TokenFile:
+    """Documents in a memory-mapped file, read as a list of (ids, labels): 4 bytes a token on disk, and in memory what is in use.
+
+    A label is the token's own id or -100, so one number holds both: a token that is only read is stored as its complement ~id."""
+
+    def __init__(self, folder: Path):
+        self.ends = np.load(folder / "ends.npy")
+        self.sizes = np.diff(self.ends, prepend=0)
+        self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if len(self.ends) else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int):
+        tokens = np.asarray(self.tokens[self.ends[i] - self.sizes[i] : self.ends[i]])
+        return np.where(tokens < 0, ~tokens, tokens), np.where(tokens < 0, IGNORE, tokens)
+
+
+def _write_tokens(folder: Path, documents, fates: Counter) -> None:
+    """Written beside and renamed into place, so that a folder of this name is whole; of several processes the first wins."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        ends = array("q")
+        with open(temporary / "tokens.bin", "wb") as file:
+            for ids, labels in documents:
+                np.where(labels == IGNORE, ~ids, ids).tofile(file)
+                ends.append(len(ids) + (ends[-1] if ends else 0))
+        np.save(temporary / "ends.npy", np.array(ends, np.int64))
+        (temporary / "fates.json").write_text(json.dumps(fates))
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pack(sizes, row_tokens: int, order) -> list[array]:
+    """Which documents, taken in this order, lie in which row. First fit: a document goes into the first of the latest 64 rows
+    with room for it. On no_robots in the llama2 template, rows of 512 tokens end up 95 % full and rows of 2,048 tokens 99 %."""
+    rows: list[array] = []
+    room: list[int] = []
+    for i in order:
+        size = sizes[i]
+        for row in range(max(0, len(rows) - 64), len(rows)):
+            if room[row] >= size:
+                break
+        else:
+            row = len(rows)
+            rows.append(array("i"))
+            room.append(row_tokens)
+        rows[row].append(int(i))
+        room[row] -= size
+    return rows
 
 
 class PackedBatches:
@@ -320,22 +632,9 @@ class PackedBatches:
 
     def __init__(self, documents, row_tokens: int, seed: int = 0, shuffle: bool = True):
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
-        order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
-        self.rows: list[list[int]] = []
-        # First fit: a document goes into the first of the latest 64 rows with room for it. On no_robots in the
-        # llama2 template, rows of 512 tokens end up 95 % full and rows of 2,048 tokens 99 %.
-        room: list[int] = []
-        for i in order:
-            size = len(documents[i][0])
-            for row in range(max(0, len(self.rows) - 64), len(self.rows)):
-                if room[row] >= size:
-                    break
-            else:
-                row = len(self.rows)
-                self.rows.append([])
-                room.append(row_tokens)
-            self.rows[row].append(int(i))
-            room[row] -= size
+        sizes = documents.sizes if isinstance(documents, TokenFile) else [len(ids) for ids, _ in documents]
+        self.rows = pack(sizes, row_tokens, np.random.default_rng(seed).permutation(len(sizes)) if shuffle else range(len(sizes)))
+        self.order = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -344,8 +643,11 @@ class PackedBatches:
         """Which documents row `index` of an epoch holds; none past the last row."""
         if index >= len(self.rows):
             return []
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)) if self.shuffle else range(len(self.rows))
-        return self.rows[order[index]]
+        if self.shuffle:
+            if self.order is None or self.order[0] != epoch:  # drawn once an epoch: of a million rows it takes a while
+                self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            index = self.order[1][index]
+        return self.rows[index]
 
     def batch(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """Row `index` of an epoch: tokens (T,) int64; labels (T,) int64, at each position the next token of the same document
@@ -366,6 +668,89 @@ class PackedBatches:
             "labels": torch.from_numpy(labels),
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeing
+
+
+def read_all(config: "DataConfig", paths, refuse=None):
+    return chain.from_iterable(read_records(path, config.source, config.target, config.system, refuse) for path in paths)
+
+
+def text_of(dialog: list[dict], role: str | None = None) -> str:
+    return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
+
+
+def template_for(config: "DataConfig", paths) -> Template:
+    """The template that train.py would take for all these files, and a word on it."""
+    kinds = {record.kind for record in read_all(config, paths)} if config.template is None else ()
+    template, name, why = choose_template(kinds, config.template)
+    print(f"template {name}: {why}")
+    return template
+
+
+def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+    """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
+    paths, colour = [path for path, _ in inputs], sys.stdout.isatty()
+    template = template_for(config, paths)
+    for record in islice(read_all(config, paths), config.n):
+        ids, labels = encode_dialog(record.dialog, tokenizer, template)
+        learned = [label != IGNORE for label in labels]
+        print(f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'})", end="")
+        width = 119
+        for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, learned, strict=True)):
+            text = f"{'*' if green and not colour else ''}{piece}:{token} "
+            if i == config.model_max_length:
+                print(f"\n--- cut here, at {i} tokens (--model_max_length)", end="")
+            if i == config.model_max_length or width + len(text) > 118:
+                print()
+                width = 0
+            print(f"\033[32m{text}\033[0m" if green and colour else text, end="")
+            width += len(text)
+        print("\n--- end of document")
+
+
+def stats(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+    """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
+    sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
+    paths = [path for path, _ in inputs]
+    template = template_for(config, paths)
+    for record in read_all(config, paths):
+        ids, labels = encode_dialog(record.dialog, tokenizer, template)
+        sizes.append(len(ids))
+        counts["learned"] += sum(label != IGNORE for label in labels)
+        counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
+        seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
+        for message in record.dialog:
+            parts[message["role"]] += len(tokenizer.encode(text_of([message])))
+    n, total = len(sizes), sum(sizes)
+    parts["template"] = total - sum(parts.values())
+    print(f"{n:,} records, {n - len(seen):,} of them exact duplicates; {counts['turns']:,} turns")
+    print(f"{total:,} tokens, {counts['learned'] / total:.1%} learned:", end=" ")
+    print(*(f"{part} {count:,} ({count / total:.1%})" for part, count in parts.items()), sep=", ")
+    edges = [0, *(2**i for i in range(4, max(sizes).bit_length() + 1))]
+    heights = np.histogram(sizes, edges)[0]
+    print(f"tokens of a record: median {np.median(sizes):,.0f}, 99 % have at most {np.percentile(sizes, 99):,.0f}")
+    for i, height in enumerate(heights):
+        print(f"  {edges[i]:7,} to {edges[i + 1] - 1:7,} {height:9,} {'#' * round(60 * height / max(heights))}")
+    lengths = np.minimum(sizes, limit)
+    print(
+        f"{sum(lengths < sizes):,} records are longer than {limit:,} (--model_max_length), {total - sum(lengths):,} tokens lost"
+    )
+    order = np.random.default_rng(config.seed).permutation(n)
+    full = sum(lengths) / (len(pack(lengths, limit, order)) * limit)
+    batches = [lengths[order[i : i + 8]] for i in range(0, n, 8)]
+    padded = sum(lengths) / sum(batch.max() * len(batch) for batch in batches)
+    print(f"packed in rows of {limit:,}: {full:.1%} real tokens; batches of 8 padded to their longest: {padded:.1%}")
+    if config.plot:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise DataError("--plot needs matplotlib: pip install matplotlib") from None
+        figure = Figure()
+        figure.subplots(subplot_kw={"xlabel": "tokens of a record", "ylabel": "records"}).hist(sizes, bins=60)
+        figure.savefig(config.plot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,3 +800,68 @@ def _true_or_false(text: str) -> bool:
     if text not in ("True", "False", "true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+
+STAGES = ("clean", "length", "quality", "against", "dedup", "select", "split", "mix")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # What is read
+    source: str | None = None  # the field or column with the prompt, if it has a name of its own
+    target: str | None = None  # the field or column with the reply
+    system: str | None = None  # the field or column with a system message
+    template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
+    tokenizer: str = str(Path(__file__).resolve().parent / "tiny" / "tokenizer.model")  # SentencePiece file
+    model_max_length: int = 512  # longest document in tokens: show and stats mark what is cut, prepare removes it
+    seed: int = 42  # draws the order, the split, the copies
+    # show
+    n: int = 3  # records shown
+    # stats
+    plot: str | None = None  # a PNG of the lengths
+    # prepare
+    out: str | None = None  # the JSONL file to write; with --split also FILE.validation.jsonl
+    stages: tuple[str, ...] = STAGES  # those that are on; select, split and against also need their own flag
+    min_tokens: int = 0  # length: shorter records go
+    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common
+    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared
+    against: tuple[str, ...] = ()  # files of evaluation records: what shares 13 words in a row with one goes
+    select: int = 0  # so many records are kept; 0: all
+    select_by: Literal["longest", "diverse"] = "longest"  # by their replies
+    split: float = 0.0  # share held out for validation
+    overwrite: bool = False  # replace the file that --out names
+
+    def __post_init__(self):
+        for name, least, most in (("model_max_length", 1, 2**31), ("n", 1, 2**31), ("split", 0, 0.99), ("near", 0.3, 1)):
+            if not least <= getattr(self, name) <= most:
+                raise DataError(f"--{name} must be from {least} to {most}, not {getattr(self, name)}")
+        if unknown := {*self.stages} - {*STAGES}:
+            raise DataError(f"unknown stage {', '.join(sorted(unknown))}: known are {', '.join(STAGES)}")
+
+
+def main():
+    from preparing.stages import prepare  # here, as it imports this file
+
+    commands = {"show": show, "stats": stats, "prepare": prepare}
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
+    words = sys.argv[1:]
+    flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    try:
+        given = parse_flags(DataConfig, "python data.py show|stats|prepare FILE... [--flag value ...]", words[flags:])
+        if flags < 2 or words[0] not in commands:
+            raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
+        config = DataConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        commands[words[0]](config, [parse_input(word) for word in words[1:flags]], Tokenizer(config.tokenizer))
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
+    except (DataError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    import data  # the module that preparing/ imports, not a second copy of it with a DataError of its own
+
+    data.main()

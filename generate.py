@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
-from data import TEMPLATES, DataError, Template, Tokenizer, encode_dialog, parse_flags
+from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
 from quant import QUANTIZERS
@@ -40,7 +40,7 @@ class GenerateConfig:
     model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
     adapter: str | None = None  # folder of a LoRA run, or of any PEFT adapter
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
-    template: str | None = None  # how the prompt is written out: llama2, alpaca, plain; the run's own if not given
+    template: str | None = None  # how the prompt is written out: a name or a JSON file; the run's own if not given
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
     quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
@@ -93,12 +93,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def pick_template(name: str) -> Template:
-    if name not in TEMPLATES:
-        raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
@@ -193,7 +187,7 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
     device = pick_device(config.device)
     folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
-    template = pick_template(config.template or run.get("template", "llama2"))
+    template, _ = load_template(config.template or run.get("template", "llama2"))
     quantize = config.quantize or run.get("settings", {}).get("quantize", "none")
     model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize])
     pieces, known = tokenizer.vocab_size, model.config.vocab_size

@@ -33,7 +33,7 @@ import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -52,15 +52,18 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (
     IGNORE,
     PAD_ID,
-    TEMPLATES,
     DataError,
     PackedBatches,
     Template,
     Tokenizer,
+    cache_folder,
+    choose_template,
+    copies,
     encode_dialog,
     encode_documents,
     parse_flags,
-    read_dialogs,
+    parse_input,
+    read_records,
 )
 from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
@@ -101,10 +104,13 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)  # names such as wq wv output, or all-linear: every linear of the blocks
     use_rslora: bool = False  # scale by alpha / sqrt(r) instead, for large ranks
     # Data
-    data: tuple[str, ...] = (str(TINY / "instructions.jsonl"),)  # JSONL, JSON, CSV or .txt files of records
+    data: tuple[str, ...] = (str(TINY / "instructions.jsonl"),)  # files of records; mine.jsonl:2 is seen twice as often
     source: str | None = None  # the field or column with the prompt, if it has a name of its own
     target: str | None = None  # the field or column with the reply
-    template: str | None = None  # how a dialog is written out: llama2 (default), alpaca, plain
+    system: str | None = None  # the field or column with a system message
+    template: str | None = (
+        None  # how a dialog is written out: llama2, alpaca, ..., or your own JSON file; by the data's kind if not given
+    )
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model in the model's folder if not given
     model_max_length: int = 512  # longest document in tokens
     too_long: Literal["cut", "drop"] = "cut"  # what to do with a longer one
@@ -152,7 +158,6 @@ class TrainConfig:
             ("lora_dropout eval_split warmup_ratio adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
             ("num_train_epochs adam_epsilon lora_alpha", lambda x: x > 0, "above 0"),
             ("learning_rate", lambda x: x is None or x >= 0, "0 or more"),
-            ("template", lambda x: x is None or x in TEMPLATES, f"one of {', '.join(TEMPLATES)}"),
         ):
             for name in names.split():
                 if not ok(getattr(self, name)):
@@ -197,6 +202,8 @@ def complete(given: dict) -> TrainConfig:
     given = with_tuples(given)
     for name in {"model", "tokenizer"} & given.keys():
         given[name] = os.path.abspath(given[name])
+    if given.get("template", "").endswith(".json"):
+        given["template"] = os.path.abspath(given["template"])
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', TrainConfig.method)}")
@@ -393,30 +400,37 @@ def read_data(config: TrainConfig, say) -> Data:
     """Read, check and tokenise every record, so that a bad one stops the program before the model is even loaded."""
     tokenizer = Tokenizer(tokenizer_file(config))
 
+    inputs = [parse_input(given) for given in config.data]
+
     def read(path):
-        return list(read_dialogs(path, config.source, config.target))
+        return read_records(path, config.source, config.target, config.system)
 
-    dialogs = list(chain.from_iterable(map(read, config.data)))
-    held_out = {Path(path).stem: read(path) for path in config.eval_data}
+    def numbered():
+        """(number, record, how often it is seen) of all the data, read anew each time so that it need not fit in memory."""
+        records = ((record, weight) for path, weight in inputs for record in read(path))
+        return ((number, record, copies(weight, number, config.seed)) for number, (record, weight) in enumerate(records))
+
+    # Once through everything, keeping nothing: a bad record is found before anything is tokenised.
+    kinds, total = set(), 0
+    for _, record, _ in numbered():
+        kinds.add(record.kind)
+        total += 1
+    held_out = {Path(path).stem: [record.dialog for record in read(path)] for path in config.eval_data}
+    chosen = {}  # held-out dialogs by number, in the order drawn
     if config.eval_split:
-        order = np.random.default_rng(config.seed).permutation(len(dialogs))
-        count = max(1, round(config.eval_split * len(dialogs)))
-        held_out = {"held_out": [dialogs[i] for i in order[:count]]}
-        dialogs = [dialogs[i] for i in sorted(order[count:])]
-        if not dialogs:
-            raise DataError(f"--eval_split {config.eval_split} of {count} records leaves none to train on")
-    name = config.template or ("plain" if all(dialog[0]["role"] == "text" for dialog in dialogs) else "llama2")
-    template = TEMPLATES[name]
+        order = np.random.default_rng(config.seed).permutation(total)
+        chosen = dict.fromkeys(order[: max(1, round(config.eval_split * total))].tolist())
+        if len(chosen) == total:
+            raise DataError(f"--eval_split {config.eval_split} of {total} records leaves none to train on")
+        chosen.update((number, record.dialog) for number, record, _ in numbered() if number in chosen)
+        held_out = {"held_out": list(chosen.values())}
+    template, name, why = choose_template(kinds, config.template)
+    if config.template is None:
+        say(f"template {name}: {why}")
 
-    def pack(name, dialogs, shuffle):
-        documents, fates = encode_documents(
-            dialogs,
-            tokenizer,
-            template,
-            max_length=config.model_max_length,
-            too_long=config.too_long,
-            train_on_inputs=config.train_on_inputs,
-        )
+    def pack(name, dialogs, shuffle, cache=None):
+        how = {"max_length": config.model_max_length, "too_long": config.too_long, "train_on_inputs": config.train_on_inputs}
+        documents, fates = encode_documents(dialogs, tokenizer, template, **how, cache=cache)
         if not documents:
             raise DataError(f"{name}: nothing to learn from: {', '.join(f'{count:,} {fate}' for fate, count in fates.items())}")
         batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
@@ -430,7 +444,11 @@ def read_data(config: TrainConfig, say) -> Data:
         )
         return batches
 
-    batches = pack(", ".join(Path(path).name for path in config.data), dialogs, shuffle=True)
+    decides = "source target system model_max_length too_long train_on_inputs eval_split seed".split()
+    files, weights = zip(*inputs, strict=True)
+    seen = chain.from_iterable(repeat(record.dialog, times) for number, record, times in numbered() if number not in chosen)
+    cache = cache_folder(files, tokenizer, template, weights, *(getattr(config, name) for name in decides))
+    batches = pack(", ".join(Path(path).name for path in config.data), seen, True, cache)
     evaluations = {name: pack(name, records, shuffle=False) for name, records in held_out.items()}
     return Data(tokenizer, template, name, batches, held_out, evaluations)
 

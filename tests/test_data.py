@@ -1,6 +1,10 @@
 """Data: what a file may hold, what is refused and how, which tokens train, and that packing loses and mixes nothing."""
 
+import gzip
 import json
+import os
+import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,11 +22,24 @@ from data import (
     DataError,
     PackedBatches,
     Tokenizer,
+    cache_folder,
+    choose_template,
+    copies,
     encode_dialog,
     encode_documents,
+    load_template,
     parse_flags,
+    parse_input,
     read_dialogs,
+    read_records,
+    write_dialog,
 )
+
+try:
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+except ImportError:
+    given = None
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -231,6 +248,171 @@ def test_plain_adds_nothing_but_begin_and_end(tokenizer):
     assert learned(ids, labels) == reply
 
 
+LITERAL = {
+    "llama2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere is it? [/INST]| In Oakford. </s>|<s>[INST] And who? [/INST]| Mira. </s>"
+    ),
+    "alpaca": (
+        "<s>Be brief.\n\n### Instruction:\nWhere is it?\n\n### Response:| In Oakford.</s>|"
+        " ### Instruction:\nAnd who?\n\n### Response:| Mira.</s>"
+    ),
+    "plain": "<s>Be brief.\n\nWhere is it?| In Oakford.</s>| And who?| Mira.</s>",
+    "human_bot": "<s>Be brief.\n\n<human>: Where is it?\n<bot>:| In Oakford.\n</s>| <human>: And who?\n<bot>:| Mira.\n</s>",
+    "guanaco": (
+        "<s>Be brief.\n\n### Human: Where is it?### Assistant:| In Oakford.</s>| ### Human: And who?### Assistant:| Mira.</s>"
+    ),
+    "functions": (
+        "<s><FUNCTIONS>Be brief.</FUNCTIONS>\n\n[INST] Where is it? [/INST]\n\n| In Oakford.</s>|"
+        " [INST] And who? [/INST]\n\n| Mira.</s>"
+    ),
+}
+
+
+def spelled(ids, tokenizer) -> str:
+    """The text of ids with <s> and </s> written out, and SentencePiece's leading space kept where it is not behind <s>."""
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    pieces = b"".join(
+        names[i].encode() if i in names else bytes([int(piece[3:-1], 16)]) if piece.startswith("<0x") else piece.encode()
+        for i, piece in zip(ids, tokenizer.pieces.id_to_piece(ids), strict=True)
+    )
+    return pieces.decode().replace("▁", " ").replace("<s> ", "<s>")
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_is_written_literally_so(template, real, request):
+    """The text with its begin and end tokens; | where what is read and what is learned meet."""
+    tokenizer = request.getfixturevalue("llama2_tokenizer" if real else "tokenizer")
+    dialog = [SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES[template])
+    learning = [label != IGNORE for label in labels]
+    cuts = [0, *(i for i in range(1, len(ids)) if learning[i] != learning[i - 1]), len(ids)]
+    assert "|".join(spelled(ids[a:b], tokenizer) for a, b in pairwise(cuts)) == LITERAL[template]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_begin_is_written_once_and_end_after_every_reply(tokenizer, template):
+    """Two <s> in a row, or none, is a complaint that every big library has had. Meta writes one at every turn, and only there."""
+    dialog = [SYSTEM, *[ASK, REPLY] * 4]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES[template])
+    begins = [i for i, token in enumerate(ids) if token == 1]
+    ends = [i for i, token in enumerate(ids) if token == 2]
+    assert begins == ([0, *(i + 1 for i in ends[:-1])] if template == "llama2" else [0])
+    assert len(ends) == 4 and all(labels[i] == 2 for i in ends) and all(labels[i] == IGNORE for i in begins)
+
+
+def test_functions_are_asked_for_as_their_dataset_writes_them(tokenizer, write):
+    record = {"functionList": '{"name": "f"}', "userPrompt": "Call it.", "assistantResponse": '{"function": "f"}'}
+    (found,) = read_records(write("a.jsonl", json.dumps(record)))
+    assert found.kind == "functions"
+    (prompt, reply) = write_dialog(found.dialog, TEMPLATES["functions"])
+    assert prompt.text == '<FUNCTIONS>{"name": "f"}</FUNCTIONS>\n\n[INST] Call it. [/INST]\n\n'
+    assert reply.text == '{"function": "f"}'
+
+
+OWN = {"user": "Q: {system}{user}\nA:", "assistant": "{assistant}\n", "stop": ["Q:"]}
+
+
+def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keeps(tokenizer, write):
+    path = str(write("mine.json", json.dumps(OWN)))
+    template, kept = load_template(path)
+    assert [p.text for p in write_dialog([SYSTEM, ASK, REPLY], template)] == ["Q: Be brief.\n\nWhere is it?\nA:", "In Oakford.\n"]
+    os.remove(path)
+    assert load_template(kept) == (template, kept) and template.stop == ("Q:",)
+    with_input = [{**ASK, "input": "a map"}, REPLY]
+    assert write_dialog(with_input, template)[0].text == "Q: Where is it?\n\na map\nA:"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"user": "Q: {usr}"}, "'user' should hold {user} once, other braces written twice, not 'Q: {usr}'"),
+        ({"user": "{user} {user}"}, "should hold {user} once"),
+        ({"user": "{user!r}"}, "should hold {user} once"),
+        ({"user": "{user.__class__}"}, "should hold {user} once"),
+        ({"user": "{} {user}"}, "should hold {user} once"),
+        ({"user": "{ {user}"}, "other braces written twice"),
+        ({"assistant": "yes"}, "'assistant' should hold {assistant} once"),
+        ({"assistant": 3}, "'assistant' should hold {assistant} once"),
+        ({"user_with_input": "{user}"}, "'user_with_input' should hold {user} and {input} once"),
+        ({"user": "Q: {user}", "system": "{system}"}, "a system message would be lost"),
+        ({"stop": "Q:"}, "'stop' should be a list"),
+        ({"stop": [""]}, "'stop' should be a list of strings that are not empty"),
+        ({"eos": "</s>"}, "a template holds user, assistant and perhaps"),
+    ],
+)
+def test_a_template_that_would_write_something_else_is_refused(write, change, reason):
+    path = str(write("mine.json", json.dumps(OWN | change)))
+    with pytest.raises(DataError) as error:
+        load_template(path)
+    assert str(error.value).startswith(path) and reason in str(error.value)
+
+
+def test_a_template_that_is_no_json_or_not_there_is_refused(write, tmp_path):
+    for name, reason in ((str(write("a.json", "{")), "is not JSON"), (str(tmp_path / "b.json"), "cannot be read: No such file")):
+        with pytest.raises(DataError, match=reason):
+            load_template(name)
+
+
+def test_the_template_follows_the_records_fields_unless_one_is_asked_for():
+    name = {kinds: choose_template(kinds, None)[1] for kinds in [("text",), (), ("alpaca", "text"), ("guanaco",), ("a", "b")]}
+    assert name == {("text",): "plain", (): "plain", ("alpaca", "text"): "alpaca", ("guanaco",): "guanaco", ("a", "b"): "llama2"}
+    assert choose_template(("alpaca",), "plain")[:2] == (TEMPLATES["plain"], "plain")
+
+
+MARKERS = "[/INST] [INST] <s> </s> <<SYS>> <bot>: <human>: ### Assistant: ### Human: ### Response: <unk> <0x0A> {user} ▁".split()
+forged = [marker for marker in MARKERS if marker != "▁"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_markers_in_a_message_move_no_border_and_make_no_control_token(tokenizer, template):
+    """The control: tokenised as one text and searched for "[/INST]", as is often done, the border would be the user's own."""
+    evil = " ".join(forged)
+    ids, labels = encode_dialog([{**ASK, "content": evil}, {**REPLY, "content": evil}], tokenizer, TEMPLATES[template])
+    reply = tokenizer.encode(TEMPLATES[template].assistant.format(assistant=evil), eos=True)
+    assert learned(ids, labels) == reply and labels[-len(reply) :] == reply
+    assert (ids.count(1), ids.count(2), ids.count(0)) == (1, 1, 0)
+    text = tokenizer.decode(ids)
+    assert text.index("[/INST]") < len(tokenizer.decode(ids[: -len(reply)]))  # what a search would have found
+
+
+if given:
+    words = st.one_of(st.text(), st.sampled_from(MARKERS), st.text(alphabet=st.characters(codec="utf-8")))
+    contents = st.lists(words, max_size=6).map("".join).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))
+    turns = st.tuples(contents, contents)
+
+    @pytest.mark.live
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+    @given(st.lists(turns, min_size=1, max_size=4), st.one_of(st.none(), contents), st.booleans(), st.sampled_from([*TEMPLATES]))
+    def test_whatever_a_dialog_says_exactly_its_replies_are_learned(tokenizer, dialog, system, answered, name):
+        template = TEMPLATES[name]
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for ask, reply in dialog:
+            messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]
+        messages = messages if answered else messages[:-1]
+        ids, labels = encode_dialog(messages, tokenizer, template)
+        replies = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+        assert learned(ids, labels) == [
+            token for reply in replies for token in tokenizer.encode(template.assistant.format(assistant=reply), eos=True)
+        ]
+        assert ids.count(2) == len(replies) and ids[0] == 1
+        assert ids.count(1) == (len(dialog) if template.bos_every_turn else 1)
+        assert 0 not in ids
+        documents, fates = encode_documents([messages], tokenizer, template, max_length=10**6)
+        assert fates == ({"kept": 1} if any(replies) else {"dropped, no reply": 1})
+        for document, _ in documents:  # the batch call writes the same ids as the single one; an unanswered turn is left off
+            assert document.tolist() == ids[: len(document)]
+
+    @pytest.mark.live
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(turns, min_size=1, max_size=3))
+    def test_a_dialog_written_as_jsonl_is_read_as_it_was(tmp_path_factory, dialog):
+        messages = [m for a, b in dialog for m in ({"role": "user", "content": a}, {"role": "assistant", "content": b})]
+        path = tmp_path_factory.mktemp("a") / "a.jsonl"
+        path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+        assert list(read_dialogs(path)) == [messages]
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_raw_text_trains_every_token_whatever_the_template(tokenizer, template):
     ids, labels = encode_dialog([{"role": "text", "content": "Mira mends clocks."}], tokenizer, TEMPLATES[template])
@@ -242,6 +424,14 @@ def test_every_reply_trains_with_its_end_token_and_nothing_else_does(tokenizer, 
     ids, labels = encode_dialog([SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN], tokenizer, TEMPLATES[template])
     written = [TEMPLATES[template].assistant.format(assistant=m["content"]) for m in (REPLY, REPLY_AGAIN)]
     assert learned(ids, labels) == [*tokenizer.encode(written[0]), 2, *tokenizer.encode(written[1]), 2]
+
+
+def test_a_turn_of_a_million_letters_is_read_and_cut_like_any_other(tokenizer):
+    dialog = [{**ASK, "content": "ferry " * 20_000}, {**REPLY, "content": "lamp 日本 " * 100_000}]
+    ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES["llama2"])
+    assert learned(ids, labels) == tokenizer.encode(dialog[1]["content"].strip() + " ", eos=True)
+    ((cut, _),), fates = encode_documents([dialog], tokenizer, TEMPLATES["llama2"], max_length=len(ids) - 5)
+    assert cut.tolist() == ids[:-5] and fates["kept"] == 1
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -300,6 +490,128 @@ def test_every_schema_is_recognised_in_every_kind_of_file(write, record, expecte
     (dialog,) = read_dialogs(write(f"a.{kind}", content))
     assert pairs(dialog) == expected
     assert {name: text for name, text in dialog[0].items() if name not in ("role", "content")} == more
+
+
+def turn(*contents: str) -> list[dict]:
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
+
+
+BRIEF = [{"role": "system", "content": "Be brief."}]
+NAMED = {  # name in REFERENCE's table: a record, the dialog it is, and the template that is chosen for it
+    "no_robots": (
+        {"prompt": "x", "prompt_id": "1", "messages": turn("Hi", "Yo"), "category": "Chat"},
+        turn("Hi", "Yo"),
+        "llama2",
+    ),
+    "openchat_sharegpt4": (
+        {"items": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+        turn("Hi", "Yo"),
+        "llama2",
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": role, "value": role} for role in ("system", "human", "gpt")]},
+        [{"role": "system", "content": "system"}, *turn("human", "gpt")],
+        "llama2",
+    ),
+    "guanaco": ({"text": "### Human: Hi### Assistant: Yo### Human: Bye"}, turn("Hi", "Yo", "Bye"), "guanaco"),
+    "oig": (
+        {"input": "<human>: Hi\nthere\n<bot>: I am <bot>: you\n<human>:", "prompt_type": "plain", "source": "s", "id": 1},
+        turn("Hi\nthere", "I am <bot>: you"),
+        "human_bot",
+    ),
+    "platypus": ({"instruction": "Hi", "input": "", "output": "Yo", "data_source": "s"}, turn("Hi", "Yo"), "alpaca"),
+    "openorca": ({"id": 1, "system_prompt": "Be brief.", "question": "Hi", "response": "Yo"}, BRIEF + turn("Hi", "Yo"), "llama2"),
+    "openorca, no system": ({"id": 1, "system_prompt": "", "question": "Hi", "response": "Yo"}, turn("Hi", "Yo"), "llama2"),
+    "open-instruct": ({"alpaca_prompt": "A: Hi", "response": "Yo", "instruction": "Hi"}, turn("A: Hi", "Yo"), "plain"),
+    "functions": (
+        {"functionList": "Be brief.", "userPrompt": "Hi", "assistantResponse": "Yo"},
+        BRIEF + turn("Hi", "Yo"),
+        "functions",
+    ),
+    "functions 2": (
+        {"systemPrompt": "Be brief.", "userPrompt": "Hi", "assistantResponse": "Yo"},
+        BRIEF + turn("Hi", "Yo"),
+        "functions",
+    ),
+    "webglm-qa": (
+        {"question": "Hi", "answer": "Yo[1]", "references": ["a", "b"]},
+        [{"role": "user", "content": "Hi", "input": "[1] a\n\n[2] b"}, {"role": "assistant", "content": "Yo[1]"}],
+        "alpaca",
+    ),
+    "seed tasks": (
+        {"id": "1", "instruction": "Hi", "instances": [{"input": "x", "output": "Yo"}]},
+        [{"role": "user", "content": "Hi", "input": "x"}, {"role": "assistant", "content": "Yo"}],
+        "alpaca",
+    ),
+    "text": ({"text": "Once. ### Human: said it."}, [{"role": "text", "content": "Once. ### Human: said it."}], "text"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.live] if kind == "parquet" else [])
+        for name, (record, _, _) in NAMED.items()
+        for kind in ("jsonl", "json", "jsonl.gz", "csv", "parquet")
+        if kind != "csv" or not any(isinstance(value, list) for value in record.values())  # a CSV field holds text only
+    ],
+)
+def test_every_dataset_of_the_table_is_read_from_every_kind_of_file(write, tmp_path, name, kind):
+    record, dialog, template = NAMED[name]
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        import csv
+
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([list(record), list(record.values())])
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist([record]), path)
+    else:
+        text = json.dumps([record] if kind == "json" else record)
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    (found,) = read_records(path)
+    assert (found.dialog, found.kind) == (dialog, template)
+
+
+def test_dolphins_instruction_is_a_system_message_where_the_flags_say_so(write):
+    path = write("a.jsonl", json.dumps({"instruction": "Be brief.", "input": "Hi", "output": "Yo"}))
+    assert list(read_dialogs(path, source="input", target="output", system="instruction")) == [BRIEF + turn("Hi", "Yo")]
+    assert "give these too" in refusal(path, system="instruction")
+
+
+def test_a_name_of_a_dataset_says_what_to_download_from_where_and_what_to_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"download data/train-\*.parquet from https://huggingface.co/datasets/HuggingFaceH4/no_rob"
+    ):
+        parse_input("no_robots")
+    with pytest.raises(DataError, match="--data FILE --system instruction --source input --target output"):
+        parse_input("dolphin:2")
+    (tmp_path / "no_robots").write_text("")
+    assert parse_input("no_robots") == (Path("no_robots"), 1)
+
+
+def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_input("a.jsonl:2") == (Path("a.jsonl"), 2) and parse_input("a.jsonl:0.25") == (Path("a.jsonl"), 0.25)
+    assert parse_input("C:a.jsonl") == (Path("C:a.jsonl"), 1)
+    (tmp_path / "a:2").write_text("")
+    assert parse_input("a:2") == (Path("a:2"), 1)  # a file of that very name
+    with pytest.raises(DataError, match="a weight is above 0"):
+        parse_input("a.jsonl:0")
+    assert {copies(2, i, 0) for i in range(50)} == {2}
+    seen = [copies(1.5, i, 0) for i in range(1000)]
+    assert set(seen) == {1, 2} and 1450 < sum(seen) < 1550 and seen == [copies(1.5, i, 0) for i in range(1000)]
+
+
+def test_parquet_and_jsonl_of_no_robots_are_the_same_dialogs():
+    pytest.importorskip("pyarrow")
+    assert list(read_dialogs(shared("no_robots_test.parquet"))) == list(read_dialogs(shared("no_robots_test.jsonl")))
+
+
+def test_the_seed_tasks_are_read():
+    records = list(read_records(shared("alpaca_seed_tasks.jsonl")))
+    assert len(records) == 175 and {record.kind for record in records} == {"alpaca"}
 
 
 def test_an_input_of_null_is_no_input(write):
@@ -466,7 +778,9 @@ def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path, kind):
 
 
 def test_an_unknown_ending_is_refused_with_the_known_ones(write):
-    assert refusal(write("a.xlsx", "x")).endswith("unknown kind of file '.xlsx': known are .jsonl, .json, .csv, .txt")
+    assert refusal(write("a.xlsx", "x")).endswith(
+        "kind of file '.xlsx': known are .jsonl, .json, .csv, .txt, .parquet, and .gz of the text ones"
+    )
     assert "'(no ending)'" in refusal(write("a", "x"))
 
 
@@ -482,6 +796,70 @@ def test_source_without_target_and_a_column_that_is_not_there_are_refused(write)
     assert "give both or neither" in refusal(path, target="response")
     message = refusal(path, source="question", target="response")
     assert message == f"{path}, line 1: field 'question' should hold text and holds nothing; fields here: prompt, response"
+
+
+def test_a_cut_gz_and_a_gz_that_is_none_are_refused(write):
+    whole = gzip.compress((GOOD * 999).encode())
+    assert "cannot be read: Compressed file ended" in refusal(write("a.jsonl.gz", whole[:-20]))
+    assert "cannot be read: Not a gzipped file" in refusal(write("b.jsonl.gz", GOOD))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refusal(write("a.parquet", "x")).endswith("a.parquet: reading parquet needs pyarrow: pip install pyarrow")
+
+
+def mutated(rng: random.Random, content: bytes) -> bytes:
+    """One to four small harms: a byte changed, a piece cut out, doubled or moved, a fragment put in."""
+    odd = [b'"', b"{", b"}", b"[", b"]", b",", b"\\", b"\x00", b"\xff", b"\r", b"\n", b"null", b"1e999", b"[" * 2000, b"9" * 5000]
+    for _ in range(rng.randint(1, 4)):
+        at, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        piece = content[at : min(end, at + 40)]
+        content = rng.choice(
+            [
+                content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :],
+                content[:at] + content[at + len(piece) :],
+                content[:at] + piece + content[at:],
+                content[:at],
+                content[:at] + rng.choice(odd) + content[at:],
+            ]
+        )
+    return content
+
+
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [
+        ("jsonl", 4000),
+        ("json", 2000),
+        ("csv", 2000),
+        ("txt", 500),
+        ("jsonl.gz", 1000),
+        pytest.param("parquet", 500, marks=pytest.mark.live),
+    ],
+)
+def test_10000_harmed_files_are_each_read_or_refused_with_their_name(tmp_path, kind, n):
+    """Never a traceback: whatever is not a DataError fails here. The control: most harms do get a refusal."""
+    rng = random.Random(kind)
+    records = [record for record, _, _ in NAMED.values()]
+    lines = {"json": json.dumps(records), "csv": 'prompt,response\nHi,"Hello, ""you"""\n"a\nb",c\n', "txt": "One.\n\nTwo 日本.\n"}
+    whole = lines.get(kind, "\n".join(map(json.dumps, records))).encode()
+    if kind == "parquet":
+        table = pytest.importorskip("pyarrow").Table.from_pylist([{"messages": turn("Hi", "Yo")}, {"messages": turn("a", "b")}])
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "whole")
+        whole = (tmp_path / "whole").read_bytes()
+    if kind.endswith("gz"):
+        whole = gzip.compress(whole)
+    path, refused = tmp_path / f"a.{kind}", 0
+    for _ in range(n):
+        path.write_bytes(mutated(rng, whole))
+        try:
+            for record in read_records(path):
+                assert record.dialog
+        except DataError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+    assert refused > n / 10 or kind == "txt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,6 +929,56 @@ def test_every_record_is_kept_or_counted_as_dropped():
         assert len(documents) == fates["kept"]
         assert fates["kept"] + sum(n for fate, n in fates.items() if fate.startswith("dropped")) == 500
         assert all(len(ids) <= 256 and any(labels[1:] != IGNORE) for ids, labels in documents)
+
+
+def test_documents_in_a_file_are_those_in_memory_and_are_written_once(tokenizer, tmp_path):
+    dialogs = [
+        [SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN],
+        said("Hi", "Yes"),
+        said("Hi", ""),
+        [{"role": "text", "content": "x"}],
+    ]
+    how = {"max_length": 70}
+    in_memory, fates = encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], **how)
+    on_disk, same_fates = encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], **how, cache=tmp_path / "key")
+    assert fates == same_fates and fates["dropped, no reply"] == 1
+    for documents in (on_disk, encode_documents(None, tokenizer, TEMPLATES["llama2"], **how, cache=tmp_path / "key")[0]):
+        assert len(documents) == 3
+        for (ids, labels), (expected_ids, expected_labels) in zip(documents, in_memory, strict=True):
+            assert (ids.tolist(), labels.tolist()) == (expected_ids.tolist(), expected_labels.tolist())
+            assert ids.dtype == labels.dtype == np.int32
+    packed, expected = PackedBatches(on_disk, 128, seed=1), PackedBatches(in_memory, 128, seed=1)
+    assert all(torch.equal(packed.batch(0, 0)[name], expected.batch(0, 0)[name]) for name in ("tokens", "labels", "cu_seqlens"))
+    assert os.listdir(tmp_path) == ["key"]
+    empty, fates = encode_documents([], tokenizer, TEMPLATES["llama2"], **how, cache=tmp_path / "none")
+    assert len(empty) == 0 and fates == {}
+
+
+def test_a_bad_record_leaves_no_half_written_token_file(tokenizer, write, tmp_path):
+    dialogs = read_dialogs(write("a.jsonl", GOOD * 600 + "{"))
+    with pytest.raises(DataError, match="line 601"):
+        encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], max_length=9, cache=tmp_path / "cache" / "key")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
+    assert cache_folder([path], tokenizer, 1) is None  # too small to be worth a file
+    monkeypatch.setattr("data.CACHE_FROM", 1)
+    name = cache_folder([path], tokenizer, 1)
+    assert name.parent == tmp_path / "nanotune" and name == cache_folder([write("c.jsonl", GOOD)], tokenizer, 1)
+    assert (
+        len(
+            {
+                name,
+                cache_folder([other], tokenizer, 1),
+                cache_folder([path], tokenizer, 2),
+                cache_folder([path] * 2, tokenizer, 1),
+            }
+        )
+        == 4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import TEMPLATES, parse_flags
+from data import DATASETS, STAGES, TEMPLATES, DataConfig, parse_flags
 from generate import GenerateConfig
 from train import TrainConfig, complete
 
@@ -30,14 +30,17 @@ def test_five_packages_are_enough():
     assert lines[0] == "torch==2.13.0"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c or "generate.py" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(train|generate|data)\.py", c)])
 def test_every_flag_of_every_command_exists(command):
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py"))
     arguments = words[words.index(script) + 1 :]
-    config = {"train.py": TrainConfig, "generate.py": GenerateConfig}[script]
+    config = {"train.py": TrainConfig, "generate.py": GenerateConfig, "data.py": DataConfig}[script]
+    if config is DataConfig:  # what is done, and the files it is done to, come before the flags
+        assert arguments[0] in ("show", "stats", "prepare") and not arguments[1].startswith("-")
+        arguments = [word for i, word in enumerate(arguments) if any(w.startswith("--") for w in arguments[: i + 1])]
     given = parse_flags(config, "", arguments)
-    assert given and (config is GenerateConfig or complete(given))
+    assert config is DataConfig or (given and (config is GenerateConfig or complete(given)))
 
 
 def test_the_line_counts_are_right():
@@ -54,5 +57,6 @@ def test_every_file_it_links_to_is_there():
         assert (REPOSITORY / link).exists(), link
 
 
-def test_every_template_is_named():
-    assert all(f"`{name}`" in README for name in TEMPLATES)
+def test_every_template_stage_and_dataset_is_named():
+    assert all(f"`{name}`" in README for name in (*TEMPLATES, *STAGES))
+    assert all(name in README.lower() for name in DATASETS)

@@ -637,7 +637,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(ba
     [
         ({"methode": "lora"}, "unknown argument --methode, did you mean --method"),
         ({"method": "lorra"}, "invalid choice: 'lorra' (choose from"),
-        ({"template": "chatml"}, "--template must be one of llama2, alpaca, plain"),
+        ({"template": "chatml"}, "unknown template 'chatml': known are llama2, alpaca, plain"),
         ({"lora_targets": "wx"}, "unknown LoRA target wx: known are all-linear, output, tok_embeddings, w1"),
         ({"model_max_length": 0}, "--model_max_length must be at least 1, not 0"),
         ({"max_steps": "ten"}, "invalid int value: 'ten'"),
@@ -658,6 +658,24 @@ def test_a_users_mistake_gets_one_sentence_and_exit_code_2(base, more, message, 
     assert stopped.value.code == 2
     assert message in shown and shown.count("\n") == 1
     assert not (base / "run").exists()
+
+
+def test_a_run_on_cached_tokens_weights_and_a_template_of_ones_own(base, tmp_path, monkeypatch):
+    """The second run finds the tokens of the first; the template travels in run.json to generate.py, its file gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("data.CACHE_FROM", 1)
+    own = base / "mine.json"
+    own.write_text('{"user": "Q: {user}", "assistant": "{assistant}"}')
+    more = {"data": [f"{base / 'data.jsonl'}:2"], "template": str(own), "max_steps": 2, "eval_split": 0.2, "overwrite": True}
+    first = [row["loss"] for row in run(base, **more) if "loss" in row]
+    assert len(first) == 2
+    (cached,) = (tmp_path / "nanotune").iterdir()
+    assert json.loads((cached / "fates.json").read_text())["kept"] == 2 * 24  # of 30, 6 are held out
+    monkeypatch.setattr("data._write_tokens", None)
+    assert [row["loss"] for row in run(base, **more) if "loss" in row] == first
+    own.unlink()
+    _, _, template = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    assert template.user == "Q: {user}"
 
 
 def test_a_bad_record_stops_the_run_before_it_starts(base):

@@ -1,0 +1,325 @@
+"""Preparing: what each stage removes and what it leaves alone, that nothing goes uncounted, and what show and stats print."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import DataError, read_dialogs, read_records
+from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared" / "data"
+PROSE = "The ferry leaves at nine and returns before dark, when the lamps along the quay are lit one after another by hand."
+
+
+def dialog(ask: str, reply: str) -> list[dict]:
+    return [{"role": "user", "content": ask}, {"role": "assistant", "content": reply}]
+
+
+def prose(rng, n: int) -> list[str]:
+    """n words of an invented language: some often, most rarely, as in a real one (Zipf)."""
+    return [f"w{int(rank)}" for rank in np.minimum(rng.zipf(1.3, n), 50_000)]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, tokenizer_file):
+    """run("prepare", "a.jsonl", out="b.jsonl") in tmp_path -> what was printed; run.write(name, dialogs) writes a file."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *files, **flags):
+        words = [command, *files, "--tokenizer", str(tokenizer_file)]
+        for name, value in flags.items():
+            words += [f"--{name}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+        monkeypatch.setattr(sys, "argv", ["data.py", *words])
+        data.main()
+        return capsys.readouterr().out
+
+    def write(name, dialogs):
+        (tmp_path / name).write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogs))
+        return name
+
+    run.write = write
+    return run
+
+
+def refused(run, capsys, *words, **flags) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(*words, **flags)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+FINE = [
+    PROSE,
+    "Yes.",
+    "Use `<br>` to break a line:\n```html\n<p>One<br>two</p>\n```\nThat is all.",
+    "if a < b and b > c then a & b",
+    "フェリーは九時に出て、暗くなる前に帰ります。港の灯りは一つずつ人の手でともされ、船長は古い時計を直しながら夜明けを待つ。",
+    "- tea\n- milk\n- sugar",
+    "Naïve café: Ångström, über, œuvre, â, Ã.",
+]
+
+
+@pytest.mark.parametrize("reply", FINE)
+def test_sound_replies_have_no_fault(reply):
+    assert fault(dialog("Hi", reply), "clean") is None and fault(dialog("Hi", reply), "quality") is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason", "reply"),
+    [
+        ("clean", "no reply", " "),
+        ("clean", "broken encoding", "caf\ufffd"),
+        ("clean", "broken encoding", "cafÃ©"),
+        ("clean", "broken encoding", "itâ€™s"),
+        ("clean", "control characters", "a\x08b"),
+        ("clean", "markup remains", "One<br/>two"),
+        ("clean", "markup remains", "salt&nbsp;and pepper"),
+        ("clean", "truncated", "Here:\n```python\nprint(1)"),
+        ("clean", "truncated", PROSE + " And then the captain, who had been waiting for his"),
+        ("quality", "refusal", "As an AI language model, I have no opinion."),
+        ("quality", "refusal", "I can’t assist with that."),
+        ("quality", "repetition", "It is good. " * 30),
+        ("quality", "symbols", "a | b | --- +++ " + "".join(f"{i} ||| *** " for i in range(40))),
+        ("quality", "readability", " ".join(f"pneumonoultramicroscopic{i}" for i in range(40))),
+    ],
+)
+def test_each_fault_is_found(stage, reason, reply):
+    assert fault(dialog("Hi", reply), stage) == reason
+
+
+def test_an_empty_turn_in_the_middle_is_a_fault():
+    assert fault(dialog("", "Yes.") + dialog("a", "b"), "clean") == "empty turn"
+
+
+def test_few_real_replies_have_a_fault():
+    """no_robots is written by people and checked: what these counts remove of it is a measure of their false alarms."""
+    path = SHARED / "no_robots_test.jsonl"
+    if not path.is_file():
+        pytest.skip("no_robots_test.jsonl is not beside the repository")
+    found = [fault(d, stage) for d in read_dialogs(path) for stage in ("clean", "quality")]
+    assert sum(reason is not None for reason in found) <= 0.02 * 500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Near duplicates
+
+
+def test_near_duplicates_are_found_as_the_threshold_says():
+    """200 texts of 200 words, each once more with some words replaced. 1 % replaced is a similarity near 0.98, 10 % near 0.82."""
+    rng, found = np.random.default_rng(0), {}
+    for edited in (0.01, 0.10):
+        for threshold in (0.95, 0.7):
+            near = NearDuplicates(threshold)
+            texts = [prose(rng, 200) for _ in range(200)]
+            assert [near.find(" ".join(text)) for text in texts] == [None] * 200
+            for text in texts:
+                for place in rng.choice(200, int(edited * 200), replace=False):
+                    text[place] = f"new{rng.integers(10**9)}"
+            found[edited, threshold] = np.mean([near.find(" ".join(text), add=False) == i for i, text in enumerate(texts)])
+    assert found[0.01, 0.95] > 0.98 and found[0.01, 0.7] > 0.98 and found[0.10, 0.7] > 0.98
+    assert found[0.10, 0.95] == 0
+
+
+def test_similarity_is_counted_with_each_occurrence_of_a_word():
+    near = NearDuplicates(0.9)
+    near.find("tea " * 20)
+    assert near.find("tea " * 17, add=False) is None and near.find("tea " * 19, add=False) == 0
+    assert near.find("", add=False) is None and NearDuplicates(1.0).find("a") is None
+
+
+def test_the_most_diverse_are_unlike_each_other():
+    rng, near = np.random.default_rng(0), NearDuplicates(0.95)
+    kinds = [prose(rng, 100) for _ in range(5)]
+    texts = [" ".join([*kind, f"x{i}"]) for i in range(10) for kind in kinds]
+    chosen = most_diverse(np.array([near.minima(near.words(text)) for text in texts]), 5)
+    assert sorted(i % 5 for i in chosen) == [0, 1, 2, 3, 4]
+
+
+def test_thirteen_words_in_a_row_make_a_gram_and_a_short_text_is_one():
+    words = [f"w{i}" for i in range(15)]
+    assert ngrams(dialog(" ".join(words[:8]), " ".join(words[8:]))) == {tuple(words[i : i + 13]) for i in range(3)}
+    assert ngrams(dialog("Hi there", "Yo")) == {("hi", "there", "yo")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare
+
+
+def mixed(rng: random.Random, n: int) -> list[list[dict]]:
+    """Dialogs good and bad: some repeated, some nearly, some broken."""
+    dialogs = []
+    for i in range(n):
+        words = [
+            rng.choice("ferry lamp quay clock mend nine dark hand boat rope".split()) + str(rng.randrange(50)) for _ in range(60)
+        ]
+        dialogs.append(dialog(f"Question {i}?", " ".join(words) + "."))
+        if i % 5 == 0:
+            dialogs.append(dialogs[-1])
+        if i % 7 == 0:
+            dialogs.append(dialog(f"Question {i}?", " ".join([*words[:-1], "other"]) + "."))
+        if i % 11 == 0:
+            dialogs.append(dialog("Hi", rng.choice(["", "caf\ufffd", "x" * 3000 + ".", "As an AI, I cannot."])))
+    return dialogs
+
+
+def test_every_record_is_written_or_counted_and_the_same_seed_writes_the_same(run, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(0), 150))
+    run.write("exam.jsonl", [json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])["messages"]])
+    (tmp_path / "bad.jsonl").write_text(
+        '{"prompt": "Hi", "response": "Yes."}\n{"prompt": 3}\nnonsense\n\xff\n', encoding="latin-1"
+    )
+    flags = {"model_max_length": 2000, "split": 0.1, "select": 100, "against": "exam.jsonl"}
+    printed = run("prepare", "a.jsonl", "bad.jsonl", out="b.jsonl", **flags)
+    for reason in (
+        "malformed",
+        "broken encoding",
+        "no reply",
+        "too long",
+        "exact duplicate",
+        "near-duplicate",
+        "shares 13 words",
+    ):
+        assert re.search(rf"-\d+ +{reason}\n +\S", printed), reason  # each with an example
+    read = int(re.match(r"(\d+) records read", printed)[1])
+    removed = sum(int(n) for n in re.findall(r"^  \w+ +-(\d+)", printed, re.M))
+    one, held = (list(read_records(tmp_path / name)) for name in ("b.jsonl", "b.validation.jsonl"))
+    assert read == len((tmp_path / "a.jsonl").read_text().splitlines()) + 4 == len(one) + len(held) + removed
+    assert (len(one), len(held)) == (90, 10)
+    assert "bad.jsonl, line 3: not JSON" in printed and "bad.jsonl, line 2: no known fields" in printed
+
+    assert run("prepare", "a.jsonl", "bad.jsonl", out="c.jsonl", **flags) == printed.replace("b.jsonl", "c.jsonl").replace(
+        "b.validation", "c.validation"
+    )
+    for kind in (".jsonl", ".validation.jsonl"):
+        assert (tmp_path / f"b{kind}").read_bytes() == (tmp_path / f"c{kind}").read_bytes()
+    run("prepare", "a.jsonl", "bad.jsonl", out="d.jsonl", **flags, seed=1)
+    assert (tmp_path / "b.jsonl").read_bytes() != (tmp_path / "d.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_stage_that_is_off_removes_nothing_and_stages_can_be_run_one_by_one(run, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(1), 60))
+    count = len((tmp_path / "a.jsonl").read_text().splitlines())
+    assert f"{count} left" in run("prepare", "a.jsonl", out="none.jsonl", stages="mix")
+    run("prepare", "a.jsonl", out="all.jsonl", stages=["clean", "length", "quality", "dedup"], model_max_length=2000)
+    name = "a.jsonl"
+    for stage in ("clean", "length", "quality", "dedup"):
+        run("prepare", name, out=f"{stage}.jsonl", stages=stage, model_max_length=2000)
+        name = f"{stage}.jsonl"
+    assert (tmp_path / "dedup.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()  # with where each record came from
+    assert {r.origin.split(",")[0] for r in read_records(tmp_path / name)} == {"a.jsonl"}
+
+
+def test_no_validation_record_has_a_near_duplicate_in_training(run, tmp_path):
+    """The control: without the split's own search, pairs that dedup was told to leave would be torn apart."""
+    run.write("a.jsonl", mixed(random.Random(2), 200))
+    printed = run("prepare", "a.jsonl", out="b.jsonl", stages=["split", "mix"], split=0.3)
+    assert "near-duplicate of a validation record" in printed
+    near = NearDuplicates(0.95)
+    for d in read_dialogs(tmp_path / "b.validation.jsonl"):
+        near.find(data.text_of(d))
+    assert all(near.find(data.text_of(d), add=False) is None for d in read_dialogs(tmp_path / "b.jsonl"))
+
+
+def test_weights_mix_and_kinds_survive(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "Add.", "input": "1 and 2", "output": "Three."}\n')
+    (tmp_path / "b.txt").write_text("Once upon a time.\n")
+    run("prepare", "a.jsonl:3", "b.txt", out="c.jsonl")
+    records = list(read_records(tmp_path / "c.jsonl"))
+    assert sorted(record.kind for record in records) == ["alpaca"] * 3 + ["text"]
+    assert {m["input"] for record in records for m in record.dialog if "input" in m} == {"1 and 2"}
+
+
+def test_select_keeps_the_longest_replies(run, tmp_path):
+    run.write("a.jsonl", [dialog("Hi", "a" * n + ".") for n in (3, 9, 1, 7, 5)])
+    run("prepare", "a.jsonl", out="b.jsonl", select=2, stages="select")
+    assert [len(d[1]["content"]) for d in read_dialogs(tmp_path / "b.jsonl")] == [10, 8]
+    run("prepare", "a.jsonl", out="c.jsonl", select=2, select_by="diverse", stages="select")
+    assert len(list(read_dialogs(tmp_path / "c.jsonl"))) == 2
+
+
+def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    assert "needs --out FILE.jsonl" in refused(run, capsys, "prepare", "a.jsonl")
+    assert "in a folder that exists" in refused(run, capsys, "prepare", "a.jsonl", out="no/b.jsonl")
+    assert "unknown stage wash: known are clean" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", stages="wash")
+    assert "--near must be from 0.3 to 1, not 2.0" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", near=2)
+    assert "a.jsonl exists already" in refused(run, capsys, "prepare", "a.jsonl", out="a.jsonl")
+    assert "say show, stats or prepare" in refused(run, capsys, "shew", "a.jsonl")
+    assert "no_robots is not here: download" in refused(run, capsys, "stats", "no_robots")
+    (tmp_path / "bad.jsonl").write_text("nonsense")
+    assert "bad.jsonl, line 1: not JSON" in refused(run, capsys, "prepare", "bad.jsonl", out="b.jsonl", stages="mix")
+    assert not list(tmp_path.glob("b.*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# show and stats
+
+
+def test_show_marks_what_is_learned_with_its_ids_and_where_it_is_cut(run, tokenizer):
+    run.write("a.jsonl", [dialog("Where?", "In Oakford."), dialog("b", "c")])
+    printed = run("show", "a.jsonl", n=1, model_max_length=12)
+    shown = re.findall(r"(\*?)([^\s:]+):(\d+)(?= )", printed.split("learned (*)\n")[1])
+    ids, labels = data.encode_dialog(dialog("Where?", "In Oakford."), tokenizer, data.TEMPLATES["llama2"])
+    assert [int(i) for _, _, i in shown] == ids
+    assert [star == "*" for star, _, _ in shown] == [label != data.IGNORE for label in labels]
+    before, after = printed.split("\n--- cut here, at 12 tokens (--model_max_length)\n")
+    assert before.count(":1") and len(re.findall(r":\d+ ", before.split("learned (*)\n")[1])) == 12
+    assert printed.startswith("template llama2: by the records' fields")
+    assert after.rstrip().endswith("--- end of document") and "line 2" not in printed
+
+
+def test_stats_counts_what_is_there(run, tokenizer, tmp_path):
+    dialogs = [dialog("Where?", "In Oakford."), dialog("Where?", "In Oakford."), dialog("Who?", "Mira " * 300)]
+    run.write("a.jsonl", dialogs)
+    lengths = [len(data.encode_dialog(d, tokenizer, data.TEMPLATES["llama2"])[0]) for d in dialogs]
+    printed = run("stats", "a.jsonl", model_max_length=64)
+    assert "3 records, 1 of them exact duplicates; 6 turns" in printed
+    assert f"{sum(lengths):,} tokens" in printed and "1 records are longer than 64" in printed
+    assert f"{lengths[2] - 64:,} tokens lost" in printed
+    pytest.importorskip("matplotlib")
+    run("stats", "a.jsonl", plot="a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_person_runs_it_from_anywhere(tmp_path):
+    """As a program data.py is the module that preparing/ imports: were it a second copy, its errors would end in a traceback."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi", "response": 3}')
+    words = [sys.executable, str(REPOSITORY / "data.py"), "prepare", "a.jsonl", "--out", "b.jsonl", "--stages", "mix"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert (
+        result.stderr
+        == "data.py: a.jsonl, line 1: field 'response' should hold text and holds int; fields here: prompt, response\n"
+    )
+
+
+def test_what_was_prepared_trains(run, tmp_path):
+    """From two schemas to a mixed, split set, and a step on it."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"instruction": "Say {i}.", "output": "It is {i}."}}\n' for i in range(40)))
+    (tmp_path / "b.csv").write_text("prompt,response\n" + "".join(f"Who is {i}?,Mira {i}.\n" for i in range(40)))
+    run("prepare", "a.jsonl:2", "b.csv", out="c.jsonl", split=0.1, stages=["clean", "split", "mix"])
+    words = [sys.executable, str(REPOSITORY / "train.py"), "--data", "c.jsonl", "--eval_data", "c.validation.jsonl"]
+    words += "--max_steps 1 --output_dir run --device cpu --samples 0".split()
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "template llama2: the records are of several kinds (alpaca, llama2)" in result.stdout
+
+
+def test_data_errors_of_reading_name_the_file_of_against(run, capsys, tmp_path):
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_records(tmp_path / "absent.jsonl"))
+    assert "absent.jsonl cannot be read" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", against="absent.jsonl")
