@@ -639,23 +639,28 @@ class PackedBatches:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def documents_in(self, epoch: int, index: int) -> array | list[int]:
+        """Which documents row `index` of an epoch holds; none past the last row."""
+        if index >= len(self.rows):
+            return []
+        if self.shuffle:
+            if self.order is None or self.order[0] != epoch:  # drawn once an epoch: of a million rows it takes a while
+                self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            index = self.order[1][index]
+        return self.rows[index]
+
     def batch(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """Row `index` of an epoch: tokens (T,) int64; labels (T,) int64, at each position the next token of the same document
         or -100; cu_seqlens int32, the documents' borders. Past the last row it is empty: nothing supervised, same shape."""
         tokens = np.full(self.row_tokens, PAD_ID, np.int64)
         labels = np.full(self.row_tokens, IGNORE, np.int64)
         borders = [0]
-        if index < len(self.rows):
-            if self.shuffle:
-                if self.order is None or self.order[0] != epoch:  # drawn once an epoch: of a million rows it takes a while
-                    self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-                index = self.order[1][index]
-            for i in self.rows[index]:
-                document_ids, document_labels = self.documents[i]
-                start, end = borders[-1], borders[-1] + len(document_ids)
-                tokens[start:end] = document_ids
-                labels[start : end - 1] = document_labels[1:]  # predict the next token; the last has none
-                borders.append(end)
+        for i in self.documents_in(epoch, index):
+            document_ids, document_labels = self.documents[i]
+            start, end = borders[-1], borders[-1] + len(document_ids)
+            tokens[start:end] = document_ids
+            labels[start : end - 1] = document_labels[1:]  # predict the next token; the last has none
+            borders.append(end)
         if borders[-1] < self.row_tokens:
             borders.append(self.row_tokens)  # the unused tail is a document of its own
         return {

@@ -107,7 +107,7 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
 def generate(model: Llama, prompt_tokens, max_new_tokens, *, temperature=0.0, top_k=0, top_p=1.0, generator=None, stop_ids=()):
     """Yield up to max_new_tokens token ids that continue prompt_tokens (a list of ids), ending before any of stop_ids.
 
@@ -118,7 +118,7 @@ def generate(model: Llama, prompt_tokens, max_new_tokens, *, temperature=0.0, to
             f"the prompt has {len(prompt_tokens)} tokens and the model's window {window}: nothing is left for an answer"
         )
     length = min(len(prompt_tokens) + max_new_tokens, window)
-    device = model.norm.weight.device
+    device = model.device
     cache = KVCache(model.config, length, device, model.norm.weight.dtype)
     tokens = torch.tensor(prompt_tokens, device=device)
     for _ in range(length - len(prompt_tokens)):

@@ -69,11 +69,14 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, targets=("all-linear",), rslora=False):
+def add_lora(
+    model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, targets=("all-linear",), rslora=False, part=None
+):
     """Freeze the model and wrap every module whose own name is in `targets`, in place. Returns the model.
 
     targets: names such as "wq" or "output"; "all-linear" is every linear of the blocks (QLoRA, section 4, found that all of
-    them are needed to match full fine-tuning). Raises LoRAError for a name that the model does not have, listing those it has."""
+    them are needed to match full fine-tuning). part: only what is in this block ("layers.3"), or in no block ("").
+    Raises LoRAError for a name that the model does not have, listing those it has."""
     if rank < 1:
         raise LoRAError(f"LoRA's rank must be at least 1, not {rank}")
     fits = [path for path, module in model.named_modules() if hasattr(module, "in_features") or isinstance(module, nn.Embedding)]
@@ -82,8 +85,14 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, dropout: float 
     if unknown or not targets:
         asked = ", ".join(sorted(unknown)) or "(none)"
         raise LoRAError(f"unknown LoRA target {asked}: known are all-linear, {', '.join(sorted(known))}")
-    model.requires_grad_(False)
-    for path in fits:
+
+    def inside(path):
+        return part is None or (path.startswith(f"{part}.") if part else not path.startswith("layers."))
+
+    for path, weight in model.named_parameters():
+        if inside(path):
+            weight.requires_grad_(False)
+    for path in filter(inside, fits):
         in_block = "." in path
         if path.rsplit(".", 1)[-1] in targets or ("all-linear" in targets and in_block):
             _wrap(model, path, rank, alpha, dropout, rslora)
@@ -129,13 +138,13 @@ def merge_lora(model: nn.Module) -> nn.Module:
 # .lora_embedding_A. Names and row order of Hugging Face are the model's business: save and load are handed its to_hf / from_hf.
 
 
-def save_adapter(model: nn.Module, path, to_hf, *, base_model: str, rank, alpha, dropout, rslora, **_) -> None:
+def save_adapter(model: nn.Module, path, to_hf, *, base_model: str, rank, alpha, dropout, rslora, weights=None) -> None:
     """Write adapter_config.json and adapter_model.safetensors (fp32).
 
     to_hf(name, tensor) -> (name, tensor) in Hugging Face's layout; base_model: where the frozen weights are;
-    the rest as given to add_lora."""
+    weights: the adapter's tensors by name, if not the model's own; the rest as given to add_lora."""
     tensors, targets = {}, set()
-    for name, tensor in lora_parameters(model).items():
+    for name, tensor in (weights or lora_parameters(model)).items():
         module, matrix = name.rsplit(".", 1)
         hf_name, tensor = to_hf(f"{module}.{matrix}.weight", tensor.detach().cpu())
         hf_module = hf_name.removesuffix(f".{matrix}.weight")

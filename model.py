@@ -24,7 +24,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -123,7 +123,7 @@ def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: 
 
 def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> torch.Tensor:
     """Causal attention within each document of the stream. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
-    if method == "varlen" or (method == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+    if method == "varlen" or (method == "sdpa" and has_varlen(q)):
         # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
         from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
@@ -135,6 +135,11 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
         parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
         documents.append(attention_over_keys(*parts, method).transpose(0, 1))
     return torch.cat(documents)
+
+
+def has_varlen(x: torch.Tensor) -> bool:
+    """Whether flash attention runs where and as x is: 16 bits, on a GPU since Ampere (not on a T4 or V100)."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
@@ -234,6 +239,7 @@ class Llama(nn.Module):
             raise CheckpointError(f"unknown attention {attention!r}: known are sdpa, textbook")
         self.config = config
         self.gradient_checkpointing = False
+        self.computed_on = None  # the device, where it is not that of the weights: these may wait in the host's memory
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -241,6 +247,10 @@ class Llama(nn.Module):
         for weight in self.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.computed_on or self.norm.weight.device
 
     def forward(self, tokens, cu_seqlens=None, labels=None, cache: KVCache | None = None) -> torch.Tensor:
         """One pass over a stream.
@@ -589,7 +599,9 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
     return {name: lambda name=name: checked(name) for name in shapes}
 
 
-def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", quantize=None) -> Llama:
+def load_model(
+    path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", quantize=None, each_part=None
+) -> Llama:
     """The model in a folder: params.json + consolidated.*.pth (Meta, any number of shards), or config.json + *.safetensors
     or pytorch_model*.bin (Hugging Face, one file or several with an index).
 
@@ -597,27 +609,44 @@ def load_model(path, *, device="cpu", dtype: torch.dtype = torch.float32, attent
     quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
     whole model never exists in 16 bits; embedding, norms and head stay in `dtype`. NF4Linear also takes what bitsandbytes packed
     in 4 bits, bits unchanged.
+    each_part(model, name): called when a block ("layers.3") is in place, and at the end for the rest (""), so that a block can
+    be cut into shards before the next is read.
     Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
     config = read_config(path)
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
-    for name, read in open_checkpoint(path, config).items():
-        weight, (path_to, leaf) = read(), name.rsplit(".", 1)
-        module = model.get_submodule(path_to)
-        try:
-            if isinstance(weight, dict):
-                if not hasattr(quantize, "from_bitsandbytes"):
-                    raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
-                rows = _rows(name, module.weight.shape[0], config, from_hf)
-                model.set_submodule(path_to, quantize.from_bitsandbytes(weight, module.weight.shape, rows, device))
-            elif quantize and isinstance(module, nn.Linear) and module is not model.output:
-                model.set_submodule(path_to, quantize(weight.to(device)))
-            else:
-                # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {name} {error}") from None
+    place = partial(_place, path, model, device, dtype, quantize)
+    for part, items in groupby(open_checkpoint(path, config).items(), key=lambda item: part_of(item[0])):
+        for name, read in items:
+            place(name, read())
+        if part and each_part:
+            each_part(model, part)
+    if each_part:
+        each_part(model, "")
     return model
+
+
+def part_of(name: str) -> str:
+    """The block that a parameter belongs to ("layers.3"), or "" for none."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
+
+
+def _place(path, model: Llama, device, dtype: torch.dtype, quantize, name: str, weight) -> None:
+    config, (path_to, leaf) = model.config, name.rsplit(".", 1)
+    module = model.get_submodule(path_to)
+    try:
+        if isinstance(weight, dict):
+            if not hasattr(quantize, "from_bitsandbytes"):
+                raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
+            rows = _rows(name, module.weight.shape[0], config, from_hf)
+            model.set_submodule(path_to, quantize.from_bitsandbytes(weight, module.weight.shape, rows, device))
+        elif quantize and isinstance(module, nn.Linear) and module is not model.output:
+            model.set_submodule(path_to, quantize(weight.to(device)))
+        else:
+            # copy: a tensor that needed no cast would stay a view of the file, which may change or go
+            setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} {error}") from None
 
 
 def _rows(name: str, count: int, config: ModelConfig, convert) -> torch.Tensor | None:
@@ -656,13 +685,15 @@ def save_meta(model: Llama, path) -> None:
     torch.save({name: weight.detach().cpu() for name, weight in model.named_parameters()}, path / "consolidated.00.pth")
 
 
-def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+def save_hf(
+    model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9, whole=lambda x: x, write=True
+) -> None:
     """Write config.json and model.safetensors (several shards and an index above 5 GB) as transformers reads them.
 
     dtype: what to store the weights in, as they are by default. What is in NF4 stays in NF4, in bitsandbytes' layout, exactly.
-    Holds one shard at a time beside the model."""
+    Holds one shard at a time beside the model. Where the weights are spread over processes, whole(weight) gathers one, all
+    processes call this together, and one of them writes."""
     path, config = Path(path), model.config
-    path.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.norm.weight.dtype
     packed = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "to_bitsandbytes")}
     weights, parts_of = dict(model.named_parameters()), {}
@@ -671,7 +702,8 @@ def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_b
 
     def tensors_of(name):
         if name not in packed:
-            return dict([to_hf(name, weights[name].detach().to("cpu", dtype), config)])
+            weight = whole(weights[name].detach())
+            return dict([to_hf(name, weight.to("cpu", dtype), config)]) if write else {}
         module, (hf_name, _) = packed[name], to_hf(name, torch.empty(0, 1), config)
         parts = module.to_bitsandbytes(_rows(name, module.out_features, config, to_hf), dtype)
         return {hf_name if part == "weight" else f"{hf_name}.{part}": tensor for part, tensor in parts.items()}
@@ -689,9 +721,14 @@ def save_hf(model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_b
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {hf_name: tensor.contiguous() for name in shard for hf_name, tensor in tensors_of(name).items()}
+        if not write:
+            continue
+        path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
+    if not write:
+        return
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (path / "model.safetensors.index.json").write_text(text + "\n")

@@ -470,7 +470,9 @@ class Int8Linear(FrozenLinear):
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return (self.weight.data * self.scale.data.view(torch.float32)).to(dtype)
+        # Multiplied in fp32 and rounded once, straight into its place: no fp32 weight is made first.
+        out = torch.empty_like(self.weight, dtype=dtype)
+        return torch.mul(self.weight.data, self.scale.data.view(torch.float32), out=out)
 
 
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}
@@ -507,7 +509,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def _step_piece(group: dict, state: dict, weight: torch.Tensor, grad: torch.Tensor, start: int) -> None:
-        (beta1, beta2), step = group["betas"], state["step"]
+        (beta1, beta2), step = group["betas"], int(state["step"])
         mean = _unpacked(state, "exp_avg", DYNAMIC_CODE, start).lerp_(grad, 1 - beta1)
         square = _unpacked(state, "exp_avg_sq", UNSIGNED_CODE, start).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
@@ -519,7 +521,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def _beginning(weight: torch.Tensor) -> dict:
-        state, n = {"step": 0}, weight.numel()
+        state, n = {"step": torch.tensor(0)}, weight.numel()
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(n, dtype=torch.uint8 if n >= 4096 else torch.float32, device=weight.device)
             if n >= 4096:

@@ -22,12 +22,16 @@ import gc
 import json
 import math
 import os
-import pickle
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
+import warnings
+import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -36,7 +40,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
@@ -57,7 +67,7 @@ from data import (
 )
 from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
-from memory import GPU, Timeline, Tracker, advice, explain_out_of_memory, formula, predict
+from memory import GPU, Tracker, explain_out_of_memory, predict
 from model import (
     CheckpointError,
     Llama,
@@ -98,9 +108,7 @@ class TrainConfig:
     source: str | None = None  # the field or column with the prompt, if it has a name of its own
     target: str | None = None  # the field or column with the reply
     system: str | None = None  # the field or column with a system message
-    template: str | None = (
-        None  # how a dialog is written out: llama2, alpaca, ..., or your own JSON file; by the data's kind if not given
-    )
+    template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model in the model's folder if not given
     model_max_length: int = 512  # longest document in tokens
     too_long: Literal["cut", "drop"] = "cut"  # what to do with a longer one
@@ -124,7 +132,11 @@ class TrainConfig:
     adam_beta2: float = 0.999  # memory of its mean square
     adam_epsilon: float = 1e-8  # keeps its division finite
     max_grad_norm: float = 1.0  # longest gradient; 0: never clipped
+    optimizer_in_backward: bool = False  # step each weight as its gradient is ready and forget that; needs --max_grad_norm 0
     seed: int = 42  # draws the adapters, the order of the data, the dropout
+    # Several GPUs (torchrun --nproc_per_node N)
+    fsdp: bool = False  # cut weights, gradients and optimizer over the processes, instead of a whole copy in each
+    cpu_offload: bool = False  # with fsdp: they wait in the host's memory, and the optimizer works there
     # Saving and reporting
     output_dir: str | None = None  # folder of the run; runs/METHOD if not given
     save_steps: int = 100  # a checkpoint to resume from every so many steps; 0: none
@@ -153,6 +165,15 @@ class TrainConfig:
                 "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
                 "weights would overflow"
             )
+        if self.fsdp and (self.optim == "adamw_8bit" or self.dtype == "fp16"):
+            raise RunError("--fsdp takes --optim adamw, whose moments it shards, and --dtype bf16 or fp32")
+        if self.cpu_offload and not self.fsdp:
+            raise RunError("--cpu_offload is a part of --fsdp True")
+        if self.optimizer_in_backward and (self.gradient_accumulation_steps > 1 or self.max_grad_norm or self.dtype == "fp16"):
+            raise RunError(
+                "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "
+                "--gradient_accumulation_steps 1 and no fp16"
+            )
         if self.method == "qlora" and self.quantize != "nf4":
             raise RunError(f"--method qlora is lora with --quantize nf4, not {self.quantize}")
         if self.method == "full" and self.quantize != "none":
@@ -168,7 +189,8 @@ class TrainConfig:
 
 
 # What may differ when a run is resumed: nothing that changes the losses.
-FREE_TO_CHANGE = {"output_dir", "device", "save_steps", "save_total_limit", "logging_steps", "resume", "overwrite"}
+FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "save_steps", "save_total_limit", "logging_steps"}
+FREE_TO_CHANGE |= {"resume", "overwrite"}
 
 
 def complete(given: dict) -> TrainConfig:
@@ -178,11 +200,13 @@ def complete(given: dict) -> TrainConfig:
     given = with_tuples(given)
     for name in {"model", "tokenizer"} & given.keys():
         given[name] = os.path.abspath(given[name])
-    if given.get("template", "").endswith(".json"):
+    if (given.get("template") or "").endswith(".json"):
         given["template"] = os.path.abspath(given["template"])
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', TrainConfig.method)}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "run.json").exists():
+        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}  # --max-restarts
     if given.get("resume"):
         saved = with_tuples(read_run(folder))
         for name, value in given.items():
@@ -224,21 +248,55 @@ def read_run(folder: Path) -> dict:
 # The pieces
 
 
-def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None = None) -> Llama:
+def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None = None, shard=None) -> Llama:
     """The model ready to train: loaded in the format of the method, adapted, its trainable weights in fp32.
 
     lora: frozen weights in the dtype of the computation, or quantised, and adapters in fp32. full: every weight in fp32
     ("masters"), cast where it is used, because bf16's 8 bits would lose most of AdamW's small updates.
-    sizes: random weights of these sizes instead of those in the folder config.model, to rehearse a run without them."""
+    sizes: random weights of these sizes instead of those in the folder config.model, to rehearse a run without them.
+    shard(module): what cuts a block, and at last the model, into shards; each is whole on the device for that moment only."""
     full = config.method == "full"
     dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
     options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": QUANTIZERS[config.quantize]}
-    model = random_model(sizes, **options) if sizes else load_model(config.model, **options)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if not full:
-        torch.manual_seed(config.seed)  # every rank draws the same A
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora)
+    adapter = (config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora)
+    torch.manual_seed(config.seed)  # every rank draws the same A
+
+    def finish(model: Llama, part: str) -> None:
+        if not full:
+            add_lora(model, *adapter, part=part)
+        if shard:
+            shard(model.get_submodule(part))
+
+    if sizes:
+        model = random_model(sizes, **options)
+        for part in [*(f"layers.{i}" for i in range(sizes.n_layers)), ""]:
+            finish(model, part)
+    else:
+        model = load_model(config.model, **options, each_part=finish)
+    model.gradient_checkpointing, model.computed_on = config.gradient_checkpointing, device
     return model
+
+
+def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
+    """FSDP ("PyTorch FSDP", section 3; ZeRO, section 5.3): each process keeps 1/N of every block, of its gradients and of its
+    optimizer state. A block is gathered for its forward, given back, gathered again for its backward; each then keeps the sum of
+    its share of the gradients. Packed NF4 is cut as the bytes it is. Returns what shards a module, or None."""
+    if not config.fsdp:
+        return None
+    if workers.world == 1:
+        raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
+    dtype = computed_in(config, device)
+    options = {"mesh": init_device_mesh(device.type, (workers.world,))}
+    if config.method == "full" and dtype != torch.float32:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    return partial(fully_shard, **options)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the processes hold together. All of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def computed_in(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -263,7 +321,7 @@ def make_optimizer(config: TrainConfig, model: Llama) -> torch.optim.Optimizer:
 def precision(config: TrainConfig, dtype: torch.dtype, device: torch.device):
     """(scaler, autocast): what keeps fp16's small gradients from becoming 0, and what casts fp32 masters where they are used."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    masters = config.method == "full" and dtype != torch.float32 and not config.pure_bf16
+    masters = config.method == "full" and dtype != torch.float32 and not config.pure_bf16 and not config.fsdp  # FSDP casts itself
     return scaler, partial(torch.autocast, device.type, dtype, enabled=masters)
 
 
@@ -300,14 +358,16 @@ class Workers:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # A process that died is noticed by the others within ten minutes, if torchrun has not ended them before.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
 
-    def sum(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
+    def sum(self, *values: float):
+        """The sum of a number over all processes, or of each of several."""
+        if self.world > 1:
+            total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(total)
+            values = total.tolist()
+        return values[0] if len(values) == 1 else values
 
     def gather(self, values: list) -> list:
         """All ranks' lists as one, where rank r had taken elements r, r + world, ... of it."""
@@ -402,34 +462,66 @@ def tokenizer_file(config: TrainConfig) -> Path:
 def training_step(config, model, optimizer, scaler, micro_batches, rate: float, workers: Workers, autocast):
     """One optimizer step over this rank's micro-batches. Returns (loss, gradient norm, supervised tokens) of the whole step.
 
-    Raises RunError when the loss or the gradient is not a finite number, before a weight is touched."""
+    Raises NotFinite when the loss or the gradient is not a finite number, before a weight is touched."""
     supervised = workers.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
         # DDP averages the gradients of all ranks in backward. Only the last micro-batch needs that; x world turns it into a sum.
-        hold = workers.world > 1 and i < len(micro_batches) - 1
+        # FSDP does it each time: the gradient of a whole model has no room to wait.
+        hold = isinstance(model, DistributedDataParallel) and i < len(micro_batches) - 1
         with model.no_sync() if hold else contextlib.nullcontext():
             with autocast():
                 loss = model(**{name: x.to(workers.device, non_blocking=True) for name, x in batch.items()})
+            if config.optimizer_in_backward:
+                check_finite(float(loss.detach()), workers)
             scaler.scale(loss * (workers.world / supervised)).backward()
         loss_sum += loss.detach()
+    check_finite(float(loss_sum), workers)
     loss = workers.sum(float(loss_sum)) / supervised
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss}; the last checkpoint stands. Try a lower --learning_rate, or --dtype bf16 instead of fp16"
-        )
+    if config.optimizer_in_backward:
+        return loss, None, int(supervised)
 
     scaler.unscale_(optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)).item()
     if not math.isfinite(grad_norm) and not scaler.is_enabled():  # in fp16 the scaler skips such a step and lowers its scale
-        raise RunError(f"the gradient is {grad_norm}; the last checkpoint stands. Try a lower --learning_rate")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+        raise NotFinite(f"the gradient is {grad_norm}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm, int(supervised)
+
+
+class NotFinite(RunError):
+    """A loss or a gradient that is NaN or infinite; `ranks` are those whose own it was."""
+
+    ranks: tuple[int, ...] = ()
+
+
+def check_finite(loss: float, workers: Workers) -> None:
+    """Raise NotFinite on every rank if the loss of any is not finite."""
+    bad = [0.0] * workers.world
+    bad[workers.rank] = 0.0 if math.isfinite(loss) else 1.0
+    bad = workers.sum(*bad, 0.0)[:-1]
+    if any(bad):
+        error = NotFinite(f"the loss is {loss}" if bad[workers.rank] else "the loss is not finite")
+        error.ranks = tuple(rank for rank, is_bad in enumerate(bad) if is_bad)
+        raise error
+
+
+def step_in_backward(model: Llama, optimizer) -> None:
+    """Have every weight stepped as soon as its gradient is complete, and the gradient forgotten: only one of them exists at a
+    time, and the optimizer passes over the weights that have none."""
+
+    def step(weight):
+        optimizer.step()
+        weight.grad = None
+
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(step)
 
 
 @torch.no_grad()
@@ -437,8 +529,8 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
     """Mean cross-entropy per supervised token of all rows, in nats. Each rank reads its share."""
     model.eval()
     loss, supervised = 0.0, 0
-    for index in range(workers.rank, len(batches), workers.world):
-        batch = batches.batch(0, index)
+    for first in range(0, len(batches), workers.world):  # past the last row a batch is empty: all ranks take as many turns
+        batch = batches.batch(0, first + workers.rank)
         supervised += int((batch["labels"] != IGNORE).sum())
         with autocast():
             loss += model(**{name: x.to(workers.device) for name, x in batch.items()}).item()
@@ -446,23 +538,30 @@ def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -
     return workers.sum(loss) / workers.sum(supervised)
 
 
+@dataclass
 class Rehearsal:
     """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
     one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
 
-    def __init__(self, config: TrainConfig, sizes: ModelConfig, device: torch.device, varlen=False, supervised=None):
-        self.config, self.sizes, self.device, self.varlen, self.supervised = config, sizes, device, varlen, supervised
-        self.row_tokens = config.per_device_train_batch_size * config.model_max_length
-        row = torch.zeros(self.row_tokens, dtype=torch.int64)
-        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, self.row_tokens], dtype=torch.int32)}
+    config: TrainConfig
+    sizes: ModelConfig
+    device: torch.device
+    for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
+    supervised: int | None = None  # positions with a label, if that is known
+
+    def __post_init__(self):
+        tokens = self.config.per_device_train_batch_size * self.config.model_max_length
+        row = torch.zeros(tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
 
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
-        self.model = build(self.config, self.device, self.sizes)
-        for layer in self.model.layers if self.varlen else ():
-            layer.attention.method = "varlen"  # CUDA's kernel, which keeps other tensors than the CPU's
+        self.model, dtype = build(self.config, self.device, self.sizes), computed_in(self.config, self.device)
+        if self.for_gpu and self.config.attention == "sdpa" and dtype != torch.float32:
+            for layer in self.model.layers:
+                layer.attention.method = "varlen"
         self.optimizer = make_optimizer(self.config, self.model)
-        self.scaler, self.autocast = precision(self.config, computed_in(self.config, self.device), self.device)
+        self.scaler, self.autocast = precision(self.config, dtype, self.device)
         self.workers = Workers(self.device, alone=True)
         self.model.train()
         return self.model, self.optimizer
@@ -492,61 +591,48 @@ class Memory:
 
     def __init__(self, config: TrainConfig, sizes: ModelConfig, data: Data, device: torch.device, workers: Workers):
         dtype = next(name for name, dtype in DTYPES.items() if dtype == computed_in(config, device))
-        self.config, self.sizes, self.device, self.world = dataclasses.replace(config, dtype=dtype), sizes, device, workers.world
-        self.counted, self.gpu = Tracker(), None
-        if device.type == "cuda":
-            found = torch.cuda.get_device_properties(device)
-            hopper = {"workspace": 2**25} if found.major >= 9 else {}
-            self.gpu = GPU(found.name, found.total_memory, bf16=dtype != "fp16", **hopper)
+        self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype), sizes, workers.world
+        self.gpu = GPU.here(device) if device.type == "cuda" else None
+        self.counted, self.line = Tracker(), None
         counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
         self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
-        varlen = self.gpu is not None and self.config.attention == "sdpa" and self.config.dtype != "fp32"
-
-        def rehearse(layers):
-            sizes = dataclasses.replace(self.sizes, n_layers=layers)
-            return Rehearsal(self.config, sizes, torch.device("cpu"), varlen, self.supervised)
-
-        self.line: Timeline | None = None
+        if self.config.fsdp:
+            return "memory: not predicted for a sharded run"
+        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised)
         try:
-            self.line = predict(rehearse, self.sizes.n_layers, self.gpu, self.world)
+            self.line = predict(run, self.gpu, self.world)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
-        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest().name}"
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
         if self.gpu:
             needed = self.line.reserved + self.gpu.context
             text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
             if needed > self.gpu.memory:
-                text += f"\nwarning: that does not fit. {self.explained(0)}"
+                text += f"\nwarning: that does not fit: {self.explained()}"
         return text
 
-    def watched(self, model: Llama, optimizer, micro_batches):
+    def watched(self, model: Llama, optimizer, micro_batches) -> Tracker:
         """The tracker to run a step in, told of what is there already."""
-        there = [*model.parameters(), *(x for batch in micro_batches for x in batch.values())]
-        there += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-        for tensor in there:
+        states = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+        for tensor in chain(model.parameters(), states, *(batch.values() for batch in micro_batches)):
             self.counted.watch(tensor)
         return self.counted
 
     def measured(self) -> str:
         measured, how = self.counted.peak, "counted in the first two steps"
         if self.gpu:
-            measured, how = torch.cuda.max_memory_allocated(self.device), "measured"
-            how += f" ({torch.cuda.max_memory_reserved(self.device) / 1e9:.3f} reserved)"
+            measured, how = torch.cuda.max_memory_allocated(), f"measured ({torch.cuda.max_memory_reserved() / 1e9:.3f} reserved)"
         if not measured or not self.line:
             return ""
         error = self.line.peak / measured - 1
         return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
 
-    def explained(self, in_use: int) -> str:
-        b = 4 if self.config.dtype == "fp32" else 2
-        terms = {name: size for name, (_, size) in formula(self.sizes, self.config, b, self.gpu, self.world).items()}
-        peak = self.line.peak if self.line else terms["allocated peak"]
-        gpu = self.gpu or GPU("this machine", 0)
-        ways = advice(self.sizes, self.config, b, gpu, self.world)
-        return explain_out_of_memory(terms, peak, gpu.memory, in_use, ways)
+    def explained(self, in_use: int | None = None) -> str:
+        peak = self.line.peak if self.line else None
+        return explain_out_of_memory(self.sizes, self.config, self.gpu, self.world, peak, in_use)
 
 
 class Exam:
@@ -554,6 +640,7 @@ class Exam:
 
     def __init__(self, config: TrainConfig, data: Data, model: Llama, workers: Workers):
         self.data, self.model, self.workers, self.all = data, model, workers, config.exact_match
+        self.together = config.fsdp  # no rank can answer alone what it holds a part of: all answer all
         fitting = [(name, d) for name, dialogs in data.held_out.items() for d in dialogs if self.fits(d)]
         self.files, self.asked = [name for name, _ in fitting], [dialog for _, dialog in fitting]
         if config.exact_match and not self.asked:
@@ -575,11 +662,11 @@ class Exam:
         """Greedy replies, shared out over the ranks. Where they are counted, a little longer than the reference is enough."""
         self.model.eval()
         replies = []
-        for dialog in self.asked[self.workers.rank :: self.workers.world]:
+        for dialog in self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]:
             limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
             replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], limit)).strip())
         self.model.train()
-        return self.workers.gather(replies)
+        return replies if self.together else self.workers.gather(replies)
 
     def grades(self, before: list[str], after: list[str]):
         """Yield, where all is asked, (file, questions, share answered word for word before, the same after)."""
@@ -618,29 +705,46 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path):
-    """A new folder to write into, which gets its name when everything is on the disk. If that fails it is gone: RunError."""
+def written_whole(folder: Path, workers: Workers):
+    """A new folder for all ranks to write into, which gets its name when everything is on the disk. If that fails it is gone:
+    RunError."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
+    first = workers.rank == 0
     try:
-        for left_over in (temporary, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if first:
+            for left_over in (temporary, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        workers.wait()
         yield temporary
-        for path in temporary.iterdir():
-            flush_to_disk(path)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)  # the new name itself
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for a full disk
+        workers.wait()
+        if first:
+            for path in temporary.iterdir():
+                flush_to_disk(path)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            flush_to_disk(folder.parent)  # the new name itself
+            shutil.rmtree(old, ignore_errors=True)
+        workers.wait()
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        CheckpointException,
+    ) as error:  # libraries have their own words for a full disk
+        if isinstance(error, RunError):
+            raise
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
         free = shutil.disk_usage(folder.parent).free / 1e9
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(
             f"could not write {folder}, and {free:.2f} GB are free on its disk; what was there stands: {reason}"
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -667,49 +771,119 @@ def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def read_state(path: Path, model: Llama) -> dict:
-    """What state.pt holds: weights, step, best, ..., checked against the model but not yet given to it."""
+FORMAT = 1  # of a checkpoint's folder
+
+
+def tensors_of(model: Llama, optimizer=None) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by name: the trained weights, and of the optimizer what belongs to each."""
+    tensors = {f"weights.{name}": weight for name, weight in trained_weights(model).items()}
+    if optimizer is not None:
+        for name, weight in model.named_parameters():
+            state = optimizer.state.get(weight, {}).items()
+            tensors |= {f"optimizer.{name}.{key}": x for key, x in state if isinstance(x, torch.Tensor)}
+    return tensors
+
+
+def write_checkpoint(folder: Path, model: Llama, optimizer, workers: Workers, **about) -> None:
+    """Write the shards of all ranks (torch.distributed.checkpoint, which any number of processes can read again), and last
+    state.json: the step, the log so far, and the checksum of every file."""
+    with written_whole(folder, workers) as temporary:
+        tensors = tensors_of(model, optimizer)
+        storage = FileSystemWriter(temporary, sync_files=True)
+        with warnings.catch_warnings(action="ignore"):  # of a single process being a single process
+            dcp.save(tensors, storage_writer=storage, no_dist=workers.world == 1)
+        if workers.rank == 0:
+            sums = {path.name: checksum(path) for path in temporary.iterdir()}
+            shapes = {name: list(x.shape) for name, x in tensors.items() if name.startswith("weights.")}
+            write_text(temporary / "state.json", json.dumps({"format": FORMAT, "shapes": shapes, "files": sums} | about))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    total = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def read_state(folder: Path, model: Llama) -> dict:
+    """A checkpoint's state.json, once all that the folder holds is found as it was written and for this model."""
+    remedy = "without its folder, --resume takes the checkpoint before it"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise RunError(f"{path} cannot be read ({reason}); without its folder, --resume takes the checkpoint before it") from None
-    if {name: x.shape for name, x in trained_weights(model).items()} != {name: x.shape for name, x in state["weights"].items()}:
-        raise RunError(f"{path} holds other weights than this run trains")
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise RunError(f"{folder} is in format {state['format']} of a newer train.py; this one reads {FORMAT}")
+        for name, expected in state["files"].items():
+            if checksum(folder / name) != expected:
+                raise RunError(f"{folder / name} is not as it was written, its checksum differs; {remedy}")
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename} is missing; {remedy}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{folder / 'state.json'} cannot be read ({error}); {remedy}") from None
+    if state["shapes"] != {f"weights.{name}": list(x.shape) for name, x in trained_weights(model).items()}:
+        raise RunError(f"{folder} holds other weights than this run trains")
     return state
 
 
-def restore_weights(state: dict, model: Llama) -> None:
-    for name, weight in trained_weights(model).items():
-        weight.copy_(state["weights"][name])
+def make_state(model: Llama, optimizer) -> None:
+    """Have the optimizer make the state that it makes in its first step: one with gradients of zero and, before the loop, a
+    rate of zero, which changes no weight."""
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
-def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype) -> None:
-    """Write the adapter (PEFT's format) or the model (Hugging Face's), and the tokenizer; read back, compare, put in place."""
-    with written_whole(folder / "final") as temporary:
+def restore(folder: Path, model: Llama, optimizer, workers: Workers) -> None:
+    """Give the model, and the optimizer if there is one, what the checkpoint holds; each rank reads its share."""
+    if optimizer is not None:
+        make_state(model, optimizer)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(tensors_of(model, optimizer), storage_reader=FileSystemReader(folder), no_dist=workers.world == 1)
+
+
+def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
+    """Write the adapter (PEFT's format) or the model (Hugging Face's), and the tokenizer; read back, compare, put in place.
+
+    Weights spread over ranks are gathered one by one: all ranks call this, the first writes."""
+    with written_whole(folder / "final", workers) as temporary:
+        first = workers.rank == 0
         if config.method != "full":
             options = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-            rename = partial(to_hf, config=model.config)
-            save_adapter(model, temporary, rename, base_model=config.model, rslora=config.use_rslora, **options)
-            _, written = read_adapter(temporary, partial(from_hf, config=model.config))
-            pairs = ((name, weight, written[name]) for name, weight in lora_parameters(model).items())
+            held = {name: whole(weight.detach()).cpu() for name, weight in lora_parameters(model).items()}
+            if first:
+                rename = partial(to_hf, config=model.config)
+                options |= {"base_model": config.model, "rslora": config.use_rslora, "weights": held}
+                save_adapter(model, temporary, rename, **options)
+                _, written = read_adapter(temporary, partial(from_hf, config=model.config))
+            pairs = ((name, weight, lambda name=name: written[name]) for name, weight in held.items())
         else:
-            save_hf(model, temporary, dtype=dtype)
-            written = open_checkpoint(temporary, model.config)
-            pairs = ((name, weight.to(dtype), written[name]()) for name, weight in model.named_parameters())
-        for name, held, read in pairs:
-            if not torch.equal(held.detach().cpu(), read):
+            save_hf(model, temporary, dtype=dtype, whole=whole, write=first)
+            written = open_checkpoint(temporary, model.config) if first else {}
+            held = ((name, whole(weight.detach()).to("cpu", dtype)) for name, weight in model.named_parameters())
+            pairs = ((name, weight, written.get(name)) for name, weight in held)
+        for name, weight, read in pairs:
+            if first and not torch.equal(weight, read()):
                 raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
-        shutil.copyfile(tokenizer_file(config), temporary / "tokenizer.model")
-        about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": model.config.max_seq_len}
-        write_text(temporary / "tokenizer_config.json", json.dumps(about, indent=2))
-        for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
-            if (Path(config.model) / name).is_file():
-                shutil.copyfile(Path(config.model) / name, temporary / name)
-    for path in sorted((folder / "final").iterdir()):
-        os.replace(path, folder / path.name)
-    (folder / "final").rmdir()
+        if first:
+            copy_tokenizer(config, temporary, model.config.max_seq_len)
+    if first:
+        for path in sorted((folder / "final").iterdir()):
+            os.replace(path, folder / path.name)
+        (folder / "final").rmdir()
+
+
+def copy_tokenizer(config: TrainConfig, folder: Path, window: int) -> None:
+    shutil.copyfile(tokenizer_file(config), folder / "tokenizer.model")
+    about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": window}
+    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
+        if (Path(config.model) / name).is_file():
+            shutil.copyfile(Path(config.model) / name, folder / name)
 
 
 def plot_losses(folder: Path, rows: list[dict], say) -> None:
@@ -787,14 +961,25 @@ def train(config: TrainConfig) -> list[dict]:
 def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.dtype, memory: Memory, say) -> list[dict]:
     """Build, loop, save: what may run out of a GPU's memory."""
     folder = Path(config.output_dir)
-    model = build(config, device)
+    model = build(config, device, shard=sharding(config, device, workers))
     pieces, known = data.tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
         raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
     optimizer = make_optimizer(config, model)
     scaler, autocast = precision(config, dtype, device)
-    parallel = DistributedDataParallel(model) if workers.world > 1 else model
-    rows_per_step = config.gradient_accumulation_steps * workers.world
+    parallel = DistributedDataParallel(model) if workers.world > 1 and not config.fsdp else model
+    if config.optimizer_in_backward:
+        if parallel is not model:
+            raise RunError(
+                "--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has"
+            )
+        step_in_backward(model, optimizer)
+    found = checkpoints(folder) if config.resume else []
+    state = read_state(found[-1], model) if found else None
+    # A step's rows are the run's, not the number of processes': that may be another when it is resumed.
+    rows_per_step = state["rows_per_step"] if state else config.gradient_accumulation_steps * workers.world
+    if rows_per_step % workers.world:
+        raise RunError(f"a step of the run in {folder} has {rows_per_step} rows, which {workers.world} processes cannot share")
     steps_per_epoch = math.ceil(len(data.batches) / rows_per_step)
     total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
     peak = peak_learning_rate(config, model.config.dim)
@@ -808,21 +993,13 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
         f"{total:,} steps of {rows_per_step * data.batches.row_tokens:,} tokens, learning rate {peak:.2e}"
     )
 
-    newest = checkpoints(folder)[-1:] if config.resume else []
-    state = read_state(newest[0] / "state.pt", model) if newest else None
-    if state and state["processes"] != workers.world:
-        raise RunError(
-            f"{folder} was trained by {state['processes']} processes, not {workers.world}: a step would have other rows"
-        )
-
     exam = Exam(config, data, model, workers)
     before = exam.ask()
 
     # Begin, or go on where a checkpoint stands.
     start, best, rows = 0, math.inf, []
     if state:
-        restore_weights(state, model)
-        optimizer.load_state_dict(state["optimizer"])
+        restore(found[-1], model, optimizer if state["step"] else None, workers)
         scaler.load_state_dict(state["scaler"])
         start, best, rows = state["step"], state["best"], state["rows"]
         say(f"resumed after step {start}")
@@ -838,11 +1015,15 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
 
-    def save(name, step, **more):
-        if workers.rank == 0:
-            with written_whole(folder / name) as temporary:
-                state = {"weights": trained_weights(model), "step": step, "best": best, "rows": rows, "processes": workers.world}
-                torch.save(state | more, temporary / "state.pt")
+    def save(name, step, optimizer=None):
+        about = {"step": step, "best": best, "rows": rows, "rows_per_step": rows_per_step, "scaler": scaler.state_dict()}
+        write_checkpoint(folder / name, model, optimizer, workers, **about)
+
+    def save_to_resume(step):
+        save(f"checkpoint-{step}", step, optimizer)
+        if workers.rank == 0 and config.save_total_limit:
+            for old in checkpoints(folder)[: -config.save_total_limit]:
+                shutil.rmtree(old)
 
     def run_evaluation(step):
         nonlocal best
@@ -861,11 +1042,15 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    if start == 0:
-        run_evaluation(0)
-    progress.began = time.perf_counter()
-    tokens, seconds, step = 0, 0.0, start
-    try:
+    tokens, seconds = 0, 0.0
+    with StopSignal() as stop:
+        if start == 0:
+            run_evaluation(0)
+            if config.save_steps:  # a rehearsal in full size: what cannot be saved is found out now, not after two days
+                make_state(model, optimizer)
+                save_to_resume(0)
+                optimizer.state.clear()
+        progress.began = time.perf_counter()
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
             epoch, index = divmod(step - 1, steps_per_epoch)
@@ -875,9 +1060,12 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
             rate = learning_rate(config, step - 1, total, peak)
             counting = device.type == "cpu" and workers.world == 1 and step <= start + 2
             with memory.watched(model, optimizer, micro_batches) if counting else contextlib.nullcontext():
-                loss, grad_norm, supervised = training_step(
-                    config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
-                )
+                try:
+                    loss, grad_norm, supervised = training_step(
+                        config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast
+                    )
+                except NotFinite as error:
+                    raise RunError(explain_not_finite(error, step, data.batches, epoch, index, rows_per_step, workers)) from None
             seconds += time.perf_counter() - began
             tokens += workers.world * sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)
             logged = step % config.logging_steps == 0 or step == total
@@ -896,27 +1084,21 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
                 tokens, seconds = 0, 0.0
             if step == total or (config.eval_steps and step % config.eval_steps == 0):
                 run_evaluation(step)
-            if config.save_steps and step % config.save_steps == 0:
-                save(f"checkpoint-{step}", step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                if workers.rank == 0 and config.save_total_limit:
-                    for old in checkpoints(folder)[: -config.save_total_limit]:
-                        shutil.rmtree(old)
-    except KeyboardInterrupt:
-        found = checkpoints(folder)
-        rest = f"--resume goes on from {found[-1]}" if found else "no checkpoint had been saved"
-        raise KeyboardInterrupt(f"stopped in step {step} of {total}; {rest}") from None
+            stopping = workers.sum(float(stop.asked)) > 0 and step < total
+            if stopping or (config.save_steps and step % config.save_steps == 0):
+                save_to_resume(step)
+            if stopping:
+                raise Stopped(f"stopped after step {step} of {total}, which is saved: --resume --output_dir {folder} goes on")
 
     if workers.rank == 0 and (text := memory.measured()):
         say(text)
 
     # Save, then ask again.
     if config.load_best_model_at_end:
-        workers.wait()
-        state = read_state(folder / "best" / "state.pt", model)
-        restore_weights(state, model)
+        state = read_state(folder / "best", model)
+        restore(folder / "best", model, None, workers)
         say(f"the weights of step {state['step']} are taken: their held-out loss of {state['best']:.4f} is the lowest")
-    if workers.rank == 0:
-        save_final(config, model, folder, dtype)
+    save_final(config, model, folder, dtype, workers)
     say(f"saved in {folder}, read back and compared")
     after = exam.ask()
     for name, count, old, new in exam.grades(before, after):
@@ -929,6 +1111,40 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
         plot_losses(folder, rows, say)
     workers.wait()  # a process that leaves early takes its connections from under the others
     return rows
+
+
+class Stopped(Exception):
+    """The run was asked to stop and did so after saving."""
+
+
+class StopSignal:
+    """Notes a first SIGTERM or Ctrl-C in `asked`, for the loop to finish its step and save; a second one interrupts at once."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other one handle signals
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def explain_not_finite(error: NotFinite, step: int, batches: PackedBatches, epoch, index, rows_per_step, workers: Workers) -> str:
+    where = ""
+    for rank in error.ranks:
+        rows = range(index * rows_per_step + rank, (index + 1) * rows_per_step, workers.world)
+        documents = ", ".join(str(i + 1) for row in rows for i in batches.documents_in(epoch, row))
+        where += f" on rank {rank} (documents {documents} of those kept)"
+    return (
+        f"{error} in step {step}{where}; the last checkpoint stands. Try a lower --learning_rate, or --dtype bf16 instead of fp16"
+    )
 
 
 def check_folder(config: TrainConfig, folder: Path) -> None:
@@ -984,9 +1200,12 @@ def main():
         if speaks:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
+    except Stopped as stopped:
         if speaks:
-            print(f"\ntrain.py: {str(stopped) or 'stopped'}", file=sys.stderr)
+            print(f"\ntrain.py: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if speaks:
+            print("\ntrain.py: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

@@ -9,7 +9,6 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,18 +56,12 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
     """{predicted, measured, predicted_reserved, measured_reserved} in bytes; the measured ones None if it ran out of memory."""
     gpu, sizes = None, PRESETS[preset]
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        workspace = {"workspace": 2**25} if found.major >= 9 else {}
-        gpu = memory.GPU(found.name, found.total_memory, **workspace)
+        gpu = memory.GPU.here(device)
     batch = -(-tokens // sizes.max_seq_len)
     flags = {"dtype": "bf16" if gpu else "fp32", "model_max_length": tokens // batch, "per_device_train_batch_size": batch}
     pure = METHODS[method].get("pure_bf16") and {"dtype": "bf16"}
     config = TrainConfig(**flags | METHODS[method] | (pure or {}) | {"gradient_checkpointing": again})
-
-    def rehearse(layers):
-        return Rehearsal(config, replace(sizes, n_layers=layers), torch.device("cpu"), varlen=gpu is not None)
-
-    line = memory.predict(rehearse, sizes.n_layers, gpu)
+    line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu is not None), gpu)
     gc.collect()
     row = {"predicted": line.peak, "predicted_reserved": line.reserved, "measured": None, "measured_reserved": None}
     try:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
@@ -74,6 +79,14 @@ def log_of(folder) -> list[dict]:
 
 def without_times(rows):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def saved(folder) -> dict:
+    """A checkpoint's state.json, and under "weights" its trained weights."""
+    state = json.loads((folder / "state.json").read_text())
+    tensors = {name: torch.empty(shape) for name, shape in state["shapes"].items()}
+    dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return state | {"weights": {name.removeprefix("weights."): x for name, x in tensors.items()}}
 
 
 def losses(rows):
@@ -219,7 +232,7 @@ def test_a_full_run_saves_the_model_it_trained_and_generate_finds_its_template(b
     run(base, method="full", template="plain")
     model, _, template = load(GenerateConfig(model=str(base / "run"), device="cpu"))
     assert template == TEMPLATES["plain"]
-    state = torch.load(base / "run" / "checkpoint-6" / "state.pt", weights_only=True)
+    state = saved(base / "run" / "checkpoint-6")
     for name, weight in model.named_parameters():
         assert torch.equal(weight, state["weights"][name])
 
@@ -227,7 +240,7 @@ def test_a_full_run_saves_the_model_it_trained_and_generate_finds_its_template(b
 def test_generate_finds_the_base_and_the_adapter_of_a_lora_run(base):
     run(base)
     model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
-    state = torch.load(base / "run" / "checkpoint-6" / "state.pt", weights_only=True)
+    state = saved(base / "run" / "checkpoint-6")
     own = dict(model.named_parameters())
     assert len(state["weights"]) == 2 * 7 * 2  # A and B of seven linears in two layers
     assert all(torch.equal(own[name], weight) for name, weight in state["weights"].items())
@@ -238,12 +251,12 @@ def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
     # The prediction of memory rehearses an evaluation as well, of rows of its own.
     monkeypatch.setattr(train_script, "evaluate", lambda _, rows, *__: next(told) if isinstance(rows, PackedBatches) else 0.0)
     run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, max_steps=8, load_best_model_at_end=True)
-    best = torch.load(base / "run" / "best" / "state.pt", weights_only=True)
+    best = saved(base / "run" / "best")
     assert best["step"] == 4 and best["best"] == 3.0
     model = load_adapter(load_model(base / "base"), base / "run", partial(from_hf, config=load_model(base / "base").config))
     own = dict(model.named_parameters())
     assert all(torch.equal(own[name], weight) for name, weight in best["weights"].items())
-    last = torch.load(base / "run" / "checkpoint-8" / "state.pt", weights_only=True)
+    last = saved(base / "run" / "checkpoint-8")
     assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
 
 
@@ -268,18 +281,206 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base
     assert (base / "killed" / name).read_bytes() == (base / "whole" / name).read_bytes()
 
 
+def test_the_checkpoint_before_the_first_step_resumes_too(base):
+    """Found by killing: that checkpoint knew nothing of an optimizer, and a run killed before its second one could not go on."""
+    whole = run(base, save_total_limit=0)
+    for checkpoint in train_script.checkpoints(base / "run")[1:]:
+        subprocess.run(["rm", "-r", str(checkpoint)], check=True)
+    assert [path.name for path in train_script.checkpoints(base / "run")] == ["checkpoint-0"]
+    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == losses(whole)
+
+
+def torchrun(processes: int, *more):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
+
+
+def together(base, name, processes, **more) -> list[dict]:
+    """The log of a run of several processes."""
+    result = in_a_process(command(base, name, launcher=torchrun(processes), **more))
+    assert result.returncode == 0, result.stderr
+    return log_of(base / name)
+
+
+def final_weights(folder) -> dict:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_same_run(base, name, other):
+    """The same steps over the same documents; losses to 1e-6, and weights to what that leaves after Adam's division."""
+    one, two = log_of(base / name), log_of(base / other)
+    for key in ("step", "supervised_tokens"):
+        assert [row.get(key) for row in one] == [row.get(key) for row in two]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    weights = final_weights(base / other)
+    for key, tensor in final_weights(base / name).items():
+        torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-3)
+
+
 def test_two_processes_give_the_losses_of_one_with_the_same_rows(base):
     """The last step of an epoch has a row for one of the two only: the other must still take part."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     more = {"max_steps": 0, "num_train_epochs": 3, "save_steps": 0, "eval_data": [str(base / "held.jsonl")]}
-    result = in_a_process(command(base, "two", launcher=launcher, **more))
-    assert result.returncode == 0, result.stderr
-    one = run(base, "one", gradient_accumulation_steps=2, **more)
-    two = log_of(base / "two")
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    assert [row.get("supervised_tokens") for row in one] == [row.get("supervised_tokens") for row in two]
-    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    together(base, "two", 2, **more)
+    run(base, "one", gradient_accumulation_steps=2, **more)
+    assert_same_run(base, "one", "two")
     assert json.loads((base / "two" / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "lora", "exact_match": True},
+        {"method": "qlora", "cpu_offload": True},
+        {"method": "full", "gradient_checkpointing": True},
+        {"quantize": "int8"},
+    ],
+)
+def test_shards_over_two_processes_give_the_run_of_one(base, more):
+    more |= {"max_steps": 5, "save_steps": 0, "eval_data": [str(base / "held.jsonl")]}
+    one = run(base, "one", gradient_accumulation_steps=2, **{key: x for key, x in more.items() if key != "cpu_offload"})
+    sharded = together(base, "two", 2, fsdp=True, **more)
+    assert_same_run(base, "one", "two")
+    assert [row.get("exact_match_after") for row in one] == [row.get("exact_match_after") for row in sharded]
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_four_processes_give_the_run_of_one(base, fsdp):
+    run(base, "one", gradient_accumulation_steps=4, max_steps=4, save_steps=0)
+    together(base, "four", 4, fsdp=fsdp, max_steps=4, save_steps=0)
+    assert_same_run(base, "one", "four")
+
+
+def test_two_nodes_give_the_run_of_one(base):
+    """README's command, on two addresses of this machine: each node has its own torchrun, and they meet at the first's port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run(base, "one", gradient_accumulation_steps=2, max_steps=4, save_steps=0)
+    nodes = []
+    for address in ("127.0.0.1", "127.0.0.2"):
+        meeting = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+        launcher = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--local_addr={address}")
+        words = command(base, "two", launcher=launcher, fsdp=True, max_steps=4, save_steps=0)
+        nodes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    for node in nodes:
+        _, message = node.communicate(timeout=120)
+        assert node.returncode == 0, message
+    assert_same_run(base, "one", "two")
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
+def test_what_some_processes_saved_another_number_resumes(base, saved_by, resumed_by):
+    """Every step keeps its rows, so that no document is seen twice or passed over: the supervised tokens are the same."""
+    more = {"max_steps": 6, "save_steps": 3, "method": "full"}
+    run(base, "whole", gradient_accumulation_steps=2, **more)
+    if saved_by == 2:
+        together(base, "moved", 2, fsdp=True, **more)
+    else:
+        run(base, "moved", gradient_accumulation_steps=2, **more)
+    subprocess.run(["rm", "-r", str(base / "moved" / "checkpoint-6")], check=True)
+    launcher = torchrun(2) if resumed_by == 2 else (sys.executable,)
+    words = [*launcher, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "moved"), "--fsdp"]
+    result = in_a_process([*words, str(resumed_by == 2)])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(base, "whole", "moved")
+
+
+def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
+    run(base, gradient_accumulation_steps=3)
+    words = [*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")]
+    result = in_a_process(words)
+    assert result.returncode != 0 and "has 3 rows, which 2 processes cannot share" in result.stderr
+
+
+def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_losses_to_the_bit(base):
+    more = {"fsdp": True, "method": "full", "max_steps": 30, "save_steps": 3, "learning_rate": 1e-3}
+    whole = together(base, "whole", 2, **more)
+    words = command(base, "killed", launcher=torchrun(2, "--max-restarts=3"), **more)
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for checkpoint in (3, 9, 18):
+            wait_for(base / "killed" / f"checkpoint-{checkpoint}", process)
+            ranks = subprocess.run(["pgrep", "-f", f"train.py.*{base}/killed"], capture_output=True, text=True).stdout.split()
+            ranks = [int(pid) for pid in ranks if int(pid) != process.pid]
+            os.kill(ranks[checkpoint % len(ranks)], signal.SIGKILL)
+        _, message = process.communicate(timeout=120)
+    assert process.returncode == 0, message
+    assert log_of(base / "killed") == whole
+    weights = final_weights(base / "killed")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(base / "whole").items())
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 100
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert path.exists()
+
+
+NAN_ON_RANK_1 = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import model, train
+forward, calls = model.Llama.forward, []
+def spoiled(self, *args, **kwargs):
+    loss = forward(self, *args, **kwargs)
+    calls.append(1)
+    return loss * float("nan") if len(calls) == 3 and os.environ["RANK"] == "1" else loss
+model.Llama.forward = spoiled
+train.Memory.predict = lambda self: setattr(self, "line", None) or ""
+train.main()
+"""
+
+
+def test_nan_on_one_rank_stops_all_and_names_rank_step_and_documents(base):
+    (base / "spoiled.py").write_text(NAN_ON_RANK_1)
+    words = command(base, launcher=torchrun(2), max_steps=6, samples=0)
+    words[words.index(str(REPOSITORY / "train.py"))] = str(base / "spoiled.py")
+    words.insert(words.index(str(base / "spoiled.py")) + 1, str(REPOSITORY))
+    result = in_a_process(words)
+    assert result.returncode != 0
+    assert "not finite in step 3 on rank 1 (documents " in result.stderr
+    assert "the last checkpoint stands" in result.stderr and "on rank 0" not in result.stderr
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_optimizer_in_backward_changes_no_loss_and_holds_one_gradient_at_a_time(base, method, monkeypatch):
+    most = []
+    original = train_script.step_in_backward
+
+    def counted(model, optimizer):
+        def count(_):
+            most.append(sum(weight.grad is not None for weight in model.parameters()))
+
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(count)
+        original(model, optimizer)
+
+    monkeypatch.setattr(train_script, "step_in_backward", counted)
+    more = {"method": method, "max_grad_norm": 0.0, "save_steps": 0}
+    plain = losses(run(base, "plain", **more))
+    assert losses(run(base, "within", optimizer_in_backward=True, **more)) == plain
+    assert max(most) == 1
+
+
+def test_the_optimizer_in_backward_of_shards_gives_the_run_of_one(base):
+    more = {"method": "full", "max_grad_norm": 0.0, "save_steps": 0, "max_steps": 4}
+    run(base, "one", gradient_accumulation_steps=2, **more)
+    together(base, "two", 2, fsdp=True, optimizer_in_backward=True, **more)
+    assert_same_run(base, "one", "two")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"fsdp": True}, "--fsdp shares a model out over several processes: torchrun"),
+        ({"fsdp": True, "optim": "adamw_8bit"}, "--fsdp takes --optim adamw"),
+        ({"cpu_offload": True}, "--cpu_offload is a part of --fsdp True"),
+        ({"optimizer_in_backward": True}, "never has the whole gradient: it needs --max_grad_norm 0"),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(base, more, sentence):
+    with pytest.raises(RunError, match=sentence):
+        run(base, **more)
 
 
 def test_a_resumed_run_is_the_same_run_or_refused(base):
@@ -354,17 +555,17 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(base):
-    with pytest.raises(RunError, match=r"the (loss|gradient) is (nan|inf); the last checkpoint stands"):
+    with pytest.raises(RunError, match=r"the (loss|gradient) is (nan|inf) in step \d+.*; the last checkpoint stands"):
         run(base, learning_rate=1e18, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0, max_steps=20)
     newest = train_script.checkpoints(base / "run")[-1]
-    assert torch.load(newest / "state.pt", weights_only=True)["step"] >= 1
+    assert saved(newest)["step"] >= 1
     assert not (base / "run" / "adapter_model.safetensors").exists()
 
 
 def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(base):
     """The limit on a file's size stands for the full disk: the system refuses to write past it, in the middle of the file."""
     run(base, max_steps=8, save_steps=4)
-    before = (base / "run" / "checkpoint-4" / "state.pt").read_bytes()
+    before = {path: path.read_bytes() for path in (base / "run" / "checkpoint-4").iterdir()}
     for left in ("checkpoint-8",):
         subprocess.run(["rm", "-r", str(base / "run" / left)], check=True)
     program = (
@@ -375,22 +576,60 @@ def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(bas
     result = in_a_process(words)
     assert result.returncode == 2
     assert result.stderr.startswith("train.py: could not write") and result.stderr.count("\n") == 1
-    assert (base / "run" / "checkpoint-4" / "state.pt").read_bytes() == before
+    assert {path: path.read_bytes() for path in (base / "run" / "checkpoint-4").iterdir()} == before
     assert [path.name for path in (base / "run").glob("checkpoint-*")] == ["checkpoint-4"]
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
     assert losses(resumed)[-1] == losses(log_of(base / "run"))[-1]
 
 
-def test_ctrl_c_says_where_to_go_on(base):
-    words = command(base, max_steps=100000)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number):
+    whole = losses(run(base, "whole", max_steps=40, save_steps=0))
+    words = command(base, max_steps=40, save_steps=30)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 100
-        while not (base / "run" / "checkpoint-4").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        while not (base / "run" / "checkpoint-0").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(number)
         _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped in step" in message and "--resume goes on from" in message and "Traceback" not in message
+    assert process.returncode == 0
+    assert "stopped after step" in message and "is saved: --resume" in message and "Traceback" not in message
+    stopped = int(train_script.checkpoints(base / "run")[-1].name.split("-")[1])
+    assert 0 < stopped < 40
+    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == whole
+
+
+def flip_a_byte(folder):
+    path = next(folder.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def change_state(folder, **fields):
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (flip_a_byte, r"\.distcp is not as it was written, its checksum differs; without its folder, --resume takes the"),
+        (lambda folder: next(folder.glob("*.distcp")).unlink(), r"\.distcp is missing; without its folder"),
+        (lambda folder: (folder / ".metadata").unlink(), r"\.metadata is missing; without its folder"),
+        (lambda folder: (folder / "state.json").unlink(), r"state\.json is missing; without its folder"),
+        (lambda folder: (folder / "state.json").write_text("{"), r"state\.json cannot be read"),
+        (lambda folder: change_state(folder, format=99), "is in format 99 of a newer train.py; this one reads 1"),
+        (lambda folder: change_state(folder, shapes={}), "holds other weights than this run trains"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(base, harm, sentence):
+    whole = run(base, max_steps=6)
+    harm(base / "run" / "checkpoint-6")
+    with pytest.raises(RunError, match=sentence):
+        train(complete({"resume": True, "output_dir": str(base / "run")}))
+    subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
+    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == losses(whole)
 
 
 @pytest.mark.parametrize(
