@@ -13,6 +13,10 @@ are -100 elsewhere. With the llama2 template:
 A row is `per_device_train_batch_size x model_max_length` tokens: whole documents end to end, no padding between them. Batches
 padded to their longest record waste half of the work or more on real data, where one reply has 20 tokens and the next 2,000.
 
+    python data.py show mine.jsonl          the tokens as the model will see them
+    python data.py stats mine.jsonl         lengths, shares, duplicates, how full the rows will be
+    python data.py prepare mine.jsonl --out train.jsonl --split 0.02          what preparing/stages.py does
+
 As the file about what a user hands in, it also holds `parse_flags`, the one way every script here reads its command line.
 """
 
@@ -639,7 +643,7 @@ class PackedBatches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def documents_in(self, epoch: int, index: int) -> list[int]:
+    def documents_in(self, epoch: int, index: int) -> array | list[int]:
         """Which documents row `index` of an epoch holds; none past the last row."""
         if index >= len(self.rows):
             return []

@@ -110,9 +110,7 @@ class TrainConfig:
     source: str | None = None  # the field or column with the prompt, if it has a name of its own
     target: str | None = None  # the field or column with the reply
     system: str | None = None  # the field or column with a system message
-    template: str | None = (
-        None  # how a dialog is written out: llama2, alpaca, ..., or your own JSON file; by the data's kind if not given
-    )
+    template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model in the model's folder if not given
     model_max_length: int = 512  # longest document in tokens
     too_long: Literal["cut", "drop"] = "cut"  # what to do with a longer one
@@ -204,7 +202,7 @@ def complete(given: dict) -> TrainConfig:
     given = with_tuples(given)
     for name in {"model", "tokenizer"} & given.keys():
         given[name] = os.path.abspath(given[name])
-    if given.get("template", "").endswith(".json"):
+    if (given.get("template") or "").endswith(".json"):
         given["template"] = os.path.abspath(given["template"])
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))

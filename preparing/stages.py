@@ -164,7 +164,8 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
         return "too long" if tokens > config.model_max_length else "too short" if tokens < config.min_tokens else None
 
     def contaminated(record):
-        return next((f"shares 13 words|with {evaluated[gram]}" for gram in ngrams(record.dialog) if gram in evaluated), None)
+        shared = ngrams(record.dialog) & evaluated.keys()
+        return f"shares 13 words|with {evaluated[min(shared)]}" if shared else None
 
     def duplicate(record):
         text = compared(record.dialog)
@@ -191,7 +192,7 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
         for path, weight in inputs:
             for record in read_all(config, [path], refuse if "clean" in config.stages else None):
                 read["good"] += 1
-                for stage in (stage for stage in config.stages if stage in checks):
+                for stage in (stage for stage in STAGES if stage in checks and stage in config.stages):
                     if found := checks[stage](record):
                         reason, _, more = found.partition("|")
                         remove(stage, reason, f"{record.origin} {more}: ...{text_of(record.dialog)[-60:]!r}")
@@ -230,17 +231,21 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
             kept = [i for i in rest if across.find(compared(dialog(i)), add=False) is None]
             for i in sorted({*rest} - {*kept}):
                 remove("split", "near-duplicate of a validation record", json.loads(line(i))["provenance"])
-        assert read.total() == len(kept) + len(held) + removed.total(), "a record is neither written nor counted as removed"
         written = kept
         if "mix" in config.stages:  # in random order, as often as the weight of the file says
             shuffled = np.random.default_rng(config.seed).permutation(kept).tolist()
             written = [i for i in shuffled for _ in range(copies(weights[i], i, config.seed))]
-        validation.unlink(missing_ok=True)  # with --overwrite: of a run that did split
+            for i in sorted({*kept} - {*written}):
+                remove("mix", "left out by the weight of its file", json.loads(line(i))["provenance"])
+            kept = sorted({*written})
+        assert read.total() == len(kept) + len(held) + removed.total(), "a record is neither written nor counted as removed"
         for path, numbers in ((out, written), (validation, held)):
-            if numbers or path == out:
-                with open(f"{path}.tmp", "wb") as target:
-                    target.writelines(map(line, numbers))
-                os.replace(f"{path}.tmp", path)
+            with open(f"{path}.tmp", "wb") as target:
+                target.writelines(map(line, numbers))
+        os.replace(f"{validation}.tmp", validation)
+        os.replace(f"{out}.tmp", out)
+        if not held:
+            validation.unlink()
     print(f"{read.total():,} records read from {', '.join(str(path) for path, _ in inputs)}")
     for (stage, reason), count in sorted(removed.items(), key=lambda item: STAGES.index(item[0][0])):
         print(f"  {stage:8} -{count:<7,} {reason}", *examples[stage, reason], sep="\n" + " " * 20)

@@ -240,6 +240,11 @@ def test_weights_mix_and_kinds_survive(run, tmp_path):
     records = list(read_records(tmp_path / "c.jsonl"))
     assert sorted(record.kind for record in records) == ["alpaca"] * 3 + ["text"]
     assert {m["input"] for record in records for m in record.dialog if "input" in m} == {"1 and 2"}
+    run.write("d.jsonl", [dialog(f"Question {i}?", "Yes.") for i in range(40)])
+    printed = run("prepare", "d.jsonl:0.5", out="e.jsonl", stages="mix")
+    left = len(list(read_records(tmp_path / "e.jsonl")))
+    assert 10 < left < 30 and re.search(rf"mix +-{40 - left} +left out by the weight of its file", printed)
+    assert not (tmp_path / "e.validation.jsonl").exists()
 
 
 def test_select_keeps_the_longest_replies(run, tmp_path):
