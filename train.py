@@ -2,6 +2,7 @@
 
     torchrun train.py --method lora                                   the embedded default, a minute on two CPU cores
     torchrun train.py --model llama-2-7b --data mine.jsonl            your data, real weights
+    torchrun --nproc_per_node 8 train.py --fsdp True ...              a model in shards over eight GPUs
 
 A step of fine-tuning:
 
@@ -13,7 +14,8 @@ The division by the step's own count, over every micro-batch and rank, is what m
 a mean of means would weigh a token in a short reply more than one in a long reply.
 
 Nothing here depends on what ran before but the weights and the optimizer: the data of a step is a function of (seed, step), so is
-its dropout, so is the learning rate. That is all of exact resuming.
+its dropout, so is the learning rate. That is all of exact resuming. A checkpoint is written beside its place and renamed when it
+is whole: whenever the machine dies, the newest folder that has its name can be read, by any number of processes.
 """
 
 import contextlib
