@@ -80,7 +80,8 @@ def add_lora(
     if rank < 1:
         raise LoRAError(f"LoRA's rank must be at least 1, not {rank}")
     fits = [path for path, module in model.named_modules() if hasattr(module, "in_features") or isinstance(module, nn.Embedding)]
-    known = {path.rsplit(".", 1)[-1] for path in fits}
+    wrapped = [path for path, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)]  # other parts
+    known = {path.rsplit(".", 1)[-1] for path in [*fits, *wrapped]} - {"base"}
     unknown = set(targets) - known - {"all-linear"}
     if unknown or not targets:
         asked = ", ".join(sorted(unknown)) or "(none)"

@@ -61,6 +61,18 @@ def train(model, steps, lr=1e-2):
 # The method
 
 
+@pytest.mark.parametrize("targets", [("wq", "w2"), ("output", "wv"), ("all-linear", "tok_embeddings")])
+def test_part_by_part_is_the_same_as_all_at_once(tiny_llama, targets):
+    """The names of a part that has its adapters already are still known when the next one gets its own."""
+    whole, parts = tiny_llama(), tiny_llama()
+    add_lora(whole, targets=targets)
+    for part in ("layers.0", "layers.1", ""):
+        add_lora(parts, targets=targets, part=part)
+    assert lora_parameters(parts).keys() == lora_parameters(whole).keys()
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (whole, parts)]
+    assert trained[0] == trained[1] == lora_parameters(whole).keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [("wq", "wv"), EVERYWHERE])
 def test_lora_starts_as_the_identity_to_the_bit(targets, dtype, tiny_llama):
