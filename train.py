@@ -363,13 +363,12 @@ class Workers:
             # A process that died is noticed by the others within ten minutes, if torchrun has not ended them before.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
 
-    def sum(self, *values: float):
-        """The sum of a number over all processes, or of each of several."""
-        if self.world > 1:
-            total = torch.tensor(values, dtype=torch.float64, device=self.device)
-            dist.all_reduce(total)
-            values = total.tolist()
-        return values[0] if len(values) == 1 else values
+    def sum(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
 
     def gather(self, values: list) -> list:
         """All ranks' lists as one, where rank r had taken elements r, r + world, ... of it."""
@@ -477,11 +476,10 @@ def training_step(config, model, optimizer, scaler, micro_batches, rate: float, 
             with autocast():
                 loss = model(**{name: x.to(workers.device, non_blocking=True) for name, x in batch.items()})
             if config.optimizer_in_backward:
-                check_finite(float(loss.detach()), workers)
+                summed_finite(float(loss.detach()), workers)  # now: after backward the weights have moved
             scaler.scale(loss * (workers.world / supervised)).backward()
         loss_sum += loss.detach()
-    check_finite(float(loss_sum), workers)
-    loss = workers.sum(float(loss_sum)) / supervised
+    loss = summed_finite(float(loss_sum), workers) / supervised
     if config.optimizer_in_backward:
         return loss, None, int(supervised)
 
@@ -502,15 +500,15 @@ class NotFinite(RunError):
     ranks: tuple[int, ...] = ()
 
 
-def check_finite(loss: float, workers: Workers) -> None:
-    """Raise NotFinite on every rank if the loss of any is not finite."""
-    bad = [0.0] * workers.world
-    bad[workers.rank] = 0.0 if math.isfinite(loss) else 1.0
-    bad = workers.sum(*bad, 0.0)[:-1]
-    if any(bad):
-        error = NotFinite(f"the loss is {loss}" if bad[workers.rank] else "the loss is not finite")
-        error.ranks = tuple(rank for rank, is_bad in enumerate(bad) if is_bad)
+def summed_finite(loss: float, workers: Workers) -> float:
+    """The sum of a loss over all ranks. Raises NotFinite on every rank if that of any is not finite."""
+    total = workers.sum(loss)
+    if not math.isfinite(total):
+        error = NotFinite(f"the loss is {total}")
+        finite = workers.gather([math.isfinite(loss)])
+        error.ranks = tuple(rank for rank, fine in enumerate(finite) if not fine)
         raise error
+    return total
 
 
 def step_in_backward(model: Llama, optimizer) -> None:

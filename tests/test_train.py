@@ -440,7 +440,7 @@ def test_nan_on_one_rank_stops_all_and_names_rank_step_and_documents(base):
     words.insert(words.index(str(base / "spoiled.py")) + 1, str(REPOSITORY))
     result = in_a_process(words)
     assert result.returncode != 0
-    assert "not finite in step 3 on rank 1 (documents " in result.stderr
+    assert "the loss is nan in step 3 on rank 1 (documents " in result.stderr
     assert "the last checkpoint stands" in result.stderr and "on rank 0" not in result.stderr
 
 
