@@ -79,7 +79,10 @@ PRESETS = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean of squares taken in fp32 ("Root Mean Square Layer Normalization", equation 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 within ("Root Mean Square Layer Normalization", equation 4).
+
+    PyTorch's fused kernel keeps for backward x, which is there anyway, and one number a token. Written in separate operations
+    the norm keeps fp32 copies of x: in 7B 2 x 2,048 tokens x 4,096 x 4 bytes = 67 MB a layer."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -87,28 +90,27 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, fp32 (T, 1, D/2): pair i turns by position x theta^(-2i/D)
-    (RoFormer, section 3.2.2).
+def rope_table(positions: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """The rotations of every position as complex numbers e^(i x angle), complex64 (T, 1, D/2): pair i turns by
+    position x theta^(-2i/D) (RoFormer, section 3.2.2).
 
     Made afresh each forward pass (T x D/2 numbers, next to nothing), so there is no table to size, move or save."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     angles = positions[:, None].float() * config.rope_theta**-exponents  # (T, D/2)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
-    A query at position m and a key at n then meet in a product that depends on m - n alone. The pairs are (0,1), (2,3), ...
+    A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
+    a rotation one product, which is a quarter of the time of writing sines and cosines out. The pairs are (0,1), (2,3), ...
     as in Meta's weights; Hugging Face pairs (0, D/2), (1, D/2+1), ... and stores its rows in another order to match."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (T, heads, D/2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D/2)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
 
 
 def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -130,6 +132,12 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, len(q), len(q), window_size=(-1, 0))  # causal
+    return attention_one_by_one(q, k, v, cu_seqlens, method)
+
+
+@torch.compiler.disable  # as many turns as there are documents: not a shape to compile for
+def attention_one_by_one(q, k, v, cu_seqlens, method: str) -> torch.Tensor:
+    """The same where no kernel takes all documents at once: a loop over them."""
     documents = []
     for start, end in pairwise(cu_seqlens.tolist()):
         parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
@@ -174,11 +182,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, cos, sin, cu_seqlens, cached=None) -> torch.Tensor:
+    def forward(self, x, rotations, cu_seqlens, cached=None) -> torch.Tensor:
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = apply_rope(q, rotations), apply_rope(k, rotations)
         if cached is None:
             out = attention_over_documents(q, k, v, cu_seqlens, self.method)
         else:
@@ -211,8 +219,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, cos, sin, cu_seqlens, cached=None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cu_seqlens, cached)
+    def forward(self, x, rotations, cu_seqlens, cached=None) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, cu_seqlens, cached)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -265,15 +273,15 @@ class Llama(nn.Module):
             cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
         else:  # count from the border each token's document begins at
             positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
-        cos, sin = rope_table(positions, self.config)
+        rotations = rope_table(positions, self.config)
 
         x = self.tok_embeddings(tokens)  # (T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and cache is None:
                 # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
+                x = checkpoint(layer, x, rotations, cu_seqlens, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, (cache.keys[i], cache.values[i], start) if cache else None)
+                x = layer(x, rotations, cu_seqlens, (cache.keys[i], cache.values[i], start) if cache else None)
         if cache:
             cache.length += len(tokens)
             x = x[-1:]
@@ -306,22 +314,53 @@ def random_model(config: ModelConfig, *, device, dtype: torch.dtype, attention: 
     return model
 
 
-def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     """Cross-entropy summed over the labelled positions of hidden (T, C), as an fp32 scalar.
 
-    The logits exist only where there is a label and only a chunk at a time, in backward too, where each chunk is computed
-    again: 1,024 x 32,000 fp32 numbers are 131 MB; those of 8,192 tokens would be 1 GB, and their gradient as much."""
+    The logits exist only where there is a label and only a chunk at a time: those of 8,192 tokens would be 1 GB in fp32, and
+    their gradient as much."""
     supervised = labels != -100
     hidden, labels = hidden[supervised], labels[supervised]
-
-    def loss_of(hidden, labels):
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-
-    total = 0.0
-    # Without labels there is one empty chunk: the loss is 0 and every gradient zero, the head's too, not absent. DDP needs that.
-    for start in range(0, max(len(labels), 1), chunk):
-        total = total + checkpoint(loss_of, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)
+    if torch.is_grad_enabled():
+        return ChunkedCrossEntropy.apply(hidden, labels, head, chunk, *_trained(head))
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, label in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total += F.cross_entropy(head(part).float(), label, reduction="sum")
     return total
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss and its gradient in one visit to each chunk of logits.
+
+    The loss is the last thing computed, so its gradient can be found at once, while a chunk's logits are there:
+    d loss / d logits = softmax(logits) - onehot(label). Keeping that of the hidden states (T x C) instead of the logits
+    (T x V), nothing is computed again in backward, which only scales by what comes from above."""
+
+    @staticmethod
+    def forward(ctx, hidden, labels, head, chunk, *weights):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        ctx.grads = [torch.zeros_like(x) for x in (hidden, *weights)]
+        for start in range(0, len(labels), chunk):
+            part, label = hidden[start : start + chunk].detach().requires_grad_(), labels[start : start + chunk, None]
+            with torch.enable_grad():
+                logits = head(part)
+            log_probs = logits.detach().float().log_softmax(-1)
+            total -= log_probs.gather(1, label).sum()
+            by_logits = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=torch.float32))
+            by_part, *by_weights = torch.autograd.grad(logits, (part, *_trained(head)), by_logits.to(logits.dtype))
+            ctx.grads[0][start : start + chunk] = by_part
+            for grad, more in zip(ctx.grads[1:], by_weights, strict=True):
+                grad += more
+        return total
+
+    @staticmethod
+    def backward(ctx, by_loss):
+        by_hidden, *by_weights = (grad.mul_(by_loss) for grad in ctx.grads)
+        return by_hidden, None, None, None, *by_weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the computation; auto: bf16 on a GPU that has it, fp32 on a CPU
     attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: PyTorch's fused kernel; textbook: the readable four lines
     gradient_checkpointing: bool = False  # compute each block again in backward instead of keeping its activations
+    compile: bool = False  # fuse each block's small operations into kernels made for it: a slow first step, then faster ones
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
     # LoRA
     lora_rank: int = 8  # r: the rank of each correction
@@ -266,6 +267,8 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
     def finish(model: Llama, part: str) -> None:
         if not full:
             add_lora(model, *adapter, part=part)
+        if config.compile and part:  # block by block: they are alike, so one compilation serves all
+            model.get_submodule(part).compile()
         if shard:
             shard(model.get_submodule(part))
 
@@ -324,7 +327,8 @@ def precision(config: TrainConfig, dtype: torch.dtype, device: torch.device):
     """(scaler, autocast): what keeps fp16's small gradients from becoming 0, and what casts fp32 masters where they are used."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     masters = config.method == "full" and dtype != torch.float32 and not config.pure_bf16 and not config.fsdp  # FSDP casts itself
-    return scaler, partial(torch.autocast, device.type, dtype, enabled=masters)
+    # Copies of the weights are not kept to the end of forward: with checkpointing those of 7B would be 13 GB.
+    return scaler, partial(torch.autocast, device.type, dtype, enabled=masters, cache_enabled=False)
 
 
 def peak_learning_rate(config: TrainConfig, dim: int) -> float:
@@ -591,7 +595,7 @@ class Memory:
 
     def __init__(self, config: TrainConfig, sizes: ModelConfig, data: Data, device: torch.device, workers: Workers):
         dtype = next(name for name, dtype in DTYPES.items() if dtype == computed_in(config, device))
-        self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype), sizes, workers.world
+        self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype, compile=False), sizes, workers.world
         self.gpu = GPU.here(device) if device.type == "cuda" else None
         self.counted, self.line = Tracker(), None
         counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]

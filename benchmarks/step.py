@@ -1,15 +1,22 @@
 """A training step here beside transformers + PEFT (+ bitsandbytes for QLoRA): the same weights, the same tokens, in turns.
 
-    python benchmarks/step.py --methods lora qlora [--preset 125m] [--device cuda] [--sequences 2] [--length 512] [--dtype bf16]
+    python benchmarks/step.py --methods lora qlora full [--preset 125m] [--device cuda] [--sequences 2] [--length 512]
+    python benchmarks/step.py --data no_robots_test.jsonl --tokenizer tokenizer.model --length 2048 --sequences 4
 
-Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way. Theirs gets
-padded-free batches (sequences, length), ours the same tokens as one stream. A step is forward, backward, clipping and AdamW;
-the tokens are random, so every position but the last of a sequence is supervised. Printed: the fastest step, tokens/s, the peak
-of memory from the first step on (CUDA: the allocator's; CPU: the process's, the model included), and both first losses."""
+Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way:
+  ours      train.py's own build and step, on a row of whole documents
+  compiled  the same with --compile True
+  theirs    what the libraries' documentation shows, on a batch padded to its longest document
+  packed    theirs on our rows, with positions that restart at each document: what TRL's packing hands to the model
+A step is forward, backward, clipping and AdamW. Without --data a document is `length` random tokens, all supervised, a row holds
+`sequences` of them, and the fastest step counts; with it the documents are the file's, and the sum of all steps counts after
+the first. Only real tokens are counted, never padding. Utilisation is the FLOPs that a step needs, over what this device does in
+one large matrix product: 2 a weight and token for forward, 2 for the gradient of its input, 2 for its own if it is trained, with
+attention's 6 x layers x dim x length (half of its square, forward and twice in backward); what is computed again counts nothing.
+Memory is the peak from the first step on: CUDA's allocator's, or on a CPU the process's, model and libraries included."""
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -21,17 +28,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data import PackedBatches, Tokenizer, encode_documents, load_template, read_dialogs  # noqa: E402
 from generate import DTYPES  # noqa: E402
-from model import PRESETS, Llama, save_hf  # noqa: E402
+from model import PRESETS, ModelConfig, random_model, save_hf  # noqa: E402
 
 
-def random_tokens(options) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 32000, (options.sequences, options.length), generator=generator)
+def documents_of(options) -> list[tuple[list[int], list[int]]]:
+    """(tokens, labels) of each document; labels are tokens, or -100 where nothing is learned."""
+    if options.data:
+        tokenizer = Tokenizer(options.tokenizer)
+        dialogs = list(read_dialogs(options.data))
+        return list(encode_documents(dialogs, tokenizer, load_template("llama2")[0], max_length=options.length)[0])
+    tokens = torch.randint(3, 32000, (options.sequences, options.length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(row, row) for row in tokens]
+
+
+def rows_of(options) -> PackedBatches:
+    documents = documents_of(options)
+    return PackedBatches(documents, options.length * (1 if options.data else options.sequences), shuffle=bool(options.data))
 
 
 def our_step(options):
-    """train.py's own build and step."""
+    """train.py's own build and step. Returns step(turn) -> (mean loss, real tokens)."""
     from train import TrainConfig, Workers, build, make_optimizer, training_step
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
@@ -40,19 +58,21 @@ def our_step(options):
         method=options.method,
         quantize="nf4" if options.method == "qlora" else "none",
         dtype=options.dtype,
+        compile=options.who == "compiled",
         learning_rate=1e-4,
     )
     model = build(config, device)
     model.train()
     optimizer, scaler = make_optimizer(config, model), torch.amp.GradScaler(options.device, enabled=False)
     autocast = partial(torch.autocast, options.device, dtype, enabled=options.method == "full" and dtype != torch.float32)
-    tokens = random_tokens(options)
-    labels = torch.full_like(tokens, -100)
-    labels[:, :-1] = tokens[:, 1:]
-    borders = torch.arange(0, tokens.numel() + 1, options.length, dtype=torch.int32)
-    batch = {"tokens": tokens.flatten(), "cu_seqlens": borders, "labels": labels.flatten()}
-    workers = Workers(device)
-    return lambda: training_step(config, model, optimizer, scaler, [batch], 1e-4, workers, autocast)[0]
+    rows, workers = rows_of(options), Workers(device)
+
+    def step(turn):
+        row = rows.batch(0, turn % len(rows))
+        real = sum(len(rows.documents[i][0]) for i in rows.documents_in(0, turn % len(rows)))
+        return training_step(config, model, optimizer, scaler, [row], 1e-4, workers, autocast)[0], real
+
+    return step
 
 
 def their_step(options):
@@ -77,47 +97,84 @@ def their_step(options):
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    tokens = random_tokens(options).to(device)
+    rows = rows_of(options)
+    shuffled = torch.randperm(len(rows.documents), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def step():
+    def batch(turn):
+        if options.who == "packed":  # our row, each document's labels with its first token's out: nothing predicts it
+            documents = [rows.documents[i] for i in rows.documents_in(0, turn % len(rows))]
+            ids = torch.cat([torch.tensor(tokens) for tokens, _ in documents])[None]
+            labels = torch.cat([torch.tensor([-100, *labels[1:]]) for _, labels in documents])[None]
+            positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in documents])[None]
+            return {"input_ids": ids, "labels": labels, "position_ids": positions}, ids.numel()
+        first = turn * options.sequences % (len(shuffled) - options.sequences + 1)
+        documents = [rows.documents[i] for i in shuffled[first : first + options.sequences]]
+        longest = max(len(tokens) for tokens, _ in documents)
+        ids, labels, mask = (torch.full((len(documents), longest), fill) for fill in (0, -100, 0))
+        for i, (tokens, learned) in enumerate(documents):
+            ids[i, : len(tokens)], labels[i, : len(tokens)] = torch.tensor(tokens), torch.tensor(learned)
+            mask[i, : len(tokens)] = 1
+        padded = {} if mask.all() else {"attention_mask": mask}
+        return {"input_ids": ids, "labels": labels, **padded}, int(mask.sum())
+
+    def step(turn):
+        inputs, real = batch(turn)
         with torch.autocast(options.device, dtype, enabled=options.method == "full" and dtype != torch.float32):
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = model(**{name: x.to(device) for name, x in inputs.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item(), real
 
     return step
 
 
 def contestant(options) -> None:
-    """Say "ready", then answer every line on stdin with one step: {"seconds", "loss"}; at the end of stdin say the peak."""
-    step = (our_step if options.who == "ours" else their_step)(options)
+    """Say "ready", then answer every line on stdin with one step: {"seconds", "loss", "tokens"}; at its end say the peak."""
+    step = (our_step if options.who in ("ours", "compiled") else their_step)(options)
     cuda = options.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
     print(json.dumps("ready"), flush=True)
-    for _ in sys.stdin:
+    for turn, _ in enumerate(sys.stdin):
         began = time.perf_counter()
-        loss = step()  # reads the loss, so the GPU has finished
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+        loss, tokens = step(turn)  # reads the loss, so the GPU has finished
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "tokens": tokens}), flush=True)
     status = Path("/proc/self/status").read_text() if not cuda else ""
     peak = torch.cuda.max_memory_allocated() if cuda else int(status.split("VmHWM:")[1].split()[0]) * 1024
     print(json.dumps({"peak": peak}), flush=True)
 
 
+def matmul_rate(options) -> float:
+    """FLOP/s of one large product in the steps' format: the most that a step could run at."""
+    side = 8192 if options.device == "cuda" else 2048
+    x = torch.randn(side, side, device=options.device).to(DTYPES[options.dtype])
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
+
+
+def flops_of_a_token(config: ModelConfig, method: str, length: float) -> float:
+    linears = config.n_layers * config.dim * (2 * config.dim + 2 * config.n_kv_heads * config.head_dim + 3 * config.hidden_dim)
+    weights = linears + config.vocab_size * config.dim
+    return (6 if method == "full" else 4) * weights + 6 * config.n_layers * config.dim * length
+
+
 def compare(options) -> None:
-    """Run every method, ours and theirs, a step each in turns, and print a row a method."""
+    """Run every method with every contestant, a step each in turns, and print a row each."""
     common = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder]
     people = {
         (method, who): subprocess.Popen(
             [*common, "--method", method, "--who", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for method in options.methods
-        for who in ("ours", "theirs")
+        for who in options.contestants
     }
 
     def heard(who):
@@ -128,27 +185,32 @@ def compare(options) -> None:
 
     for who in people:
         heard(who)
-    best, first, peak = dict.fromkeys(people, math.inf), {}, {}
+    said, peak = {who: [] for who in people}, {}
     for _ in range(options.rounds):
         for who, process in people.items():
             process.stdin.write("\n")
             process.stdin.flush()
-            said = heard(who)
-            best[who] = min(best[who], said["seconds"])
-            first.setdefault(who, said["loss"])
+            said[who].append(heard(who))
     for who, process in people.items():
         process.stdin.close()
         peak[who] = heard(who)["peak"]
         process.wait()
-    count = options.sequences * options.length
-    for method in options.methods:
-        ours, theirs = (method, "ours"), (method, "theirs")
-        cells = [f"{best[who]:.3f} s, {count / best[who]:,.0f}" for who in (ours, theirs)] + [f"{best[theirs] / best[ours]:.2f}"]
-        cells += [f"{peak[who] / 1e9:.2f}" for who in (ours, theirs)] + [f"{peak[ours] / peak[theirs]:.2f}"]
-        print(f"| {method} | " + " | ".join(cells) + f" | {first[ours]:.4f}, {first[theirs]:.4f} |", flush=True)
-    if {"lora", "qlora"} <= set(options.methods):
-        ratio = best["qlora", "ours"] / best["lora", "ours"]
-        print(f"\nOur QLoRA step takes {ratio:.2f} times our LoRA step.")
+
+    def rate(who):
+        steps = said[who][1:] if options.data else [min(said[who], key=lambda step: step["seconds"])]
+        return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+
+    sizes = [len(ids) for ids, _ in documents_of(options)]
+    length, limit = sum(n * n for n in sizes) / sum(sizes), matmul_rate(options)  # of the document a token is in
+    print(f"one large product: {limit / 1e12:.2f} TFLOP/s\n")
+    print("| method | | real tokens/s | utilisation | peak GB | first loss | ours is faster by | takes of their memory |")
+    print("|---|---|---|---|---|---|---|---|")
+    for method, who in people:
+        key, ours = (method, who), (method, options.contestants[0])
+        used = rate(key) * flops_of_a_token(PRESETS[options.preset], method, length) / limit
+        cells = [f"{rate(key):,.0f}", f"{used:.0%}", f"{peak[key] / 1e9:.2f}", f"{said[key][0]['loss']:.4f}"]
+        cells += ["", ""] if key == ours else [f"{rate(ours) / rate(key):.2f}", f"{peak[ours] / peak[key]:.2f}"]
+        print(f"| {method} | {who} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main():
@@ -156,9 +218,15 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="125m")
     parser.add_argument("--methods", nargs="+", choices=("lora", "qlora", "full"), default=["lora", "qlora"])
+    names = ("ours", "compiled", "theirs", "packed")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=names, default=["ours", "theirs"], help="the first against the others"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=2, help="documents of a padded batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a document; with --data its limit, and a row's length")
+    parser.add_argument("--data", help="a file of records instead of random tokens")
+    parser.add_argument("--tokenizer", default=str(ROOT / "tiny" / "tokenizer.model"))
     parser.add_argument("--rounds", type=int, default=5, help="steps of each, in turns")
     for internal in ("--folder", "--method", "--who"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -168,13 +236,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
         torch.manual_seed(0)
-        save_hf(Llama(PRESETS[options.preset]), folder, dtype=torch.bfloat16)
+        model = random_model(PRESETS[options.preset], device=options.device, dtype=torch.bfloat16)
+        save_hf(model, folder, dtype=torch.bfloat16)
+        del model
+        work = f"{Path(options.data).name} at" if options.data else f"random tokens, {options.sequences} x"
         print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, "
-            f"{options.sequences} x {options.length} tokens, {options.dtype}\n"
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, {options.dtype}, "
         )
-        print("| method | ours: step, tokens/s | theirs | speed | ours: peak GB | theirs | memory | first losses |")
-        print("|---|---|---|---|---|---|---|---|")
+        print(f"{work} {options.length}")
         compare(options)
 
 
