@@ -250,17 +250,34 @@ class Record(typing.NamedTuple):
 
 
 def parse_input(given: str) -> tuple[Path, float]:
-    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often."""
+    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often.
+    A name of a dataset, a file that is not there or one of an unknown kind is refused before anything is read."""
     path, weight = Path(given), 1.0
     if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
         path, weight = Path(weighted[1]), float(weighted[2])
     if weight == 0:
         raise DataError(f"{given}: a weight is above 0")
+    reader_of(path)
+    return path, weight
+
+
+def reader_of(path: Path):
+    """What reads a file of this ending; DataError if there is none, or no such file."""
+    readers = {".jsonl": _jsonl_records, ".json": _json_records, ".csv": _csv_records, ".txt": _txt_records}
+    readers[".parquet"] = _parquet_records
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the files in it")
     if path.name.lower() in DATASETS and not path.exists():
         home, file = DATASETS[path.name.lower()]
         pass_on = _PASS.get(path.name.lower(), "")
         raise DataError(f"{path.name} is not here: download {file} from {_HUB}{home} and pass its path: --data FILE{pass_on}")
-    return path, weight
+    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if ending not in readers or path.suffixes[-2:] == [".parquet", ".gz"]:
+        found = path.suffix or "(no ending)"
+        raise DataError(f"{path}: unknown kind of file {found!r}: known are {', '.join(readers)}, and .gz of the text ones")
+    if not path.exists():
+        raise DataError(f"{path} cannot be read: No such file or directory")
+    return readers[ending]
 
 
 def copies(weight: float, number: int, seed: int) -> int:
@@ -283,21 +300,14 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
     A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
     goes on. A file that cannot be read to its end raises in any case."""
     path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".json": _json_records, ".csv": _csv_records, ".txt": _txt_records}
-    readers[".parquet"] = _parquet_records
-    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name the files in it")
-    if ending not in readers or path.suffixes[-2:] == [".parquet", ".gz"]:
-        found = path.suffix or "(no ending)"
-        raise DataError(f"{path}: unknown kind of file {found!r}: known are {', '.join(readers)}, and .gz of the text ones")
+    reader = reader_of(path)
     if (source is None) != (target is None):
         raise DataError("--source and --target name two fields together: give both or neither")
     if system is not None and source is None:
         raise DataError("--system names the field of a system message beside --source and --target: give these too")
     empty = True
     try:
-        for where, found in readers[ending](path):
+        for where, found in reader(path):
             empty = False
             try:
                 kind, dialog = dialog_of(found, source, target, system)
@@ -563,12 +573,17 @@ def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
     None for data so small that there is nothing to save."""
     if sum(Path(path).stat().st_size for path in paths) < CACHE_FROM:
         return None
-    key = hashlib.blake2b(repr((1, *settings)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "nanotune" / content_key((1, *settings), paths, tokenizer)
+
+
+def content_key(settings, paths, tokenizer: Tokenizer) -> str:
+    """A name that changes with the settings, the tokenizer or the content of the files."""
+    key = hashlib.blake2b(repr(settings).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
     for path in paths:
         with open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "blake2b").digest())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nanotune" / key.hexdigest()
+    return key.hexdigest()
 
 
 class TokenFile:

@@ -63,9 +63,11 @@ from data import (
     copies,
     encode_dialog,
     encode_documents,
+    load_template,
     parse_flags,
     parse_input,
     read_records,
+    reader_of,
 )
 from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
@@ -398,8 +400,11 @@ class Data:
 def read_data(config: TrainConfig, say) -> Data:
     """Read, check and tokenise every record, so that a bad one stops the program before the model is even loaded."""
     tokenizer = Tokenizer(tokenizer_file(config))
-
+    if config.template is not None:
+        load_template(config.template)  # an unknown name is refused before anything is read, and so are those of files:
     inputs = [parse_input(given) for given in config.data]
+    for path in config.eval_data:
+        reader_of(Path(path))
 
     def read(path):
         return read_records(path, config.source, config.target, config.system)

@@ -587,16 +587,20 @@ def test_a_name_of_a_dataset_says_what_to_download_from_where_and_what_to_pass(t
         parse_input("no_robots")
     with pytest.raises(DataError, match="--data FILE --system instruction --source input --target output"):
         parse_input("dolphin:2")
-    (tmp_path / "no_robots").write_text("")
-    assert parse_input("no_robots") == (Path("no_robots"), 1)
+    (tmp_path / "no_robots.csv").write_text("")
+    assert parse_input("no_robots.csv") == (Path("no_robots.csv"), 1)
 
 
 def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "C:a.jsonl", "b:2.jsonl"):
+        (tmp_path / name).write_text("")
     assert parse_input("a.jsonl:2") == (Path("a.jsonl"), 2) and parse_input("a.jsonl:0.25") == (Path("a.jsonl"), 0.25)
-    assert parse_input("C:a.jsonl") == (Path("C:a.jsonl"), 1)
-    (tmp_path / "a:2").write_text("")
-    assert parse_input("a:2") == (Path("a:2"), 1)  # a file of that very name
+    assert parse_input("C:a.jsonl") == (Path("C:a.jsonl"), 1) and parse_input("b:2.jsonl") == (Path("b:2.jsonl"), 1)
+    with pytest.raises(DataError, match=r"absent.jsonl cannot be read: No such file"):
+        parse_input("absent.jsonl")
+    with pytest.raises(DataError, match=r"a.xlsx: unknown kind of file"):
+        parse_input("a.xlsx:2")
     with pytest.raises(DataError, match="a weight is above 0"):
         parse_input("a.jsonl:0")
     assert {copies(2, i, 0) for i in range(50)} == {2}
