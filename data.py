@@ -24,6 +24,7 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import inspect
@@ -533,8 +534,8 @@ def encode_documents(dialogs, tokenizer, template, *, max_length, too_long="cut"
     fates = Counter()
     if cache is None:
         return list(_encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates)), fates
-    if not cache.is_dir():
-        _write_tokens(cache, _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates), fates)
+    encoded = _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates)
+    once(cache, lambda folder: _write_tokens(folder, encoded, fates))
     return TokenFile(cache), Counter(json.loads((cache / "fates.json").read_text()))
 
 
@@ -581,9 +582,14 @@ def content_key(settings, paths, tokenizer: Tokenizer) -> str:
     """A name that changes with the settings, the tokenizer or the content of the files."""
     key = hashlib.blake2b(repr(settings).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
     for path in paths:
-        with open(path, "rb") as file:
-            key.update(hashlib.file_digest(file, "blake2b").digest())
+        key.update(_digest(str(path), os.stat(path).st_mtime_ns))
     return key.hexdigest()
+
+
+@functools.cache
+def _digest(path: str, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 class TokenFile:
@@ -605,23 +611,41 @@ class TokenFile:
 
 
 def _write_tokens(folder: Path, documents, fates: Counter) -> None:
-    """Written beside and renamed into place, so that a folder of this name is whole; of several processes the first wins."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        ends = array("q")
-        with open(temporary / "tokens.bin", "wb") as file:
-            for ids, labels in documents:
-                np.where(labels == IGNORE, ~ids, ids).tofile(file)
-                ends.append(len(ids) + (ends[-1] if ends else 0))
-        np.save(temporary / "ends.npy", np.array(ends, np.int64))
-        (temporary / "fates.json").write_text(json.dumps(fates))
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    ends = array("q")
+    with open(folder / "tokens.bin", "wb") as file:
+        for ids, labels in documents:
+            np.where(labels == IGNORE, ~ids, ids).tofile(file)
+            ends.append(len(ids) + (ends[-1] if ends else 0))
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    (folder / "fates.json").write_text(json.dumps(fates))
+
+
+def once(folder: Path, write) -> None:
+    """Have write(temporary folder) done once for all processes that ask for the same folder: the first does it, the others wait.
+
+    It is written beside and renamed into place, so that a folder of this name is whole; if the writer dies or fails, the next
+    one begins anew."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    with open(f"{folder}.lock", "wb") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
+        except (ImportError, OSError):  # no locks on this system or file system: each writes for itself, and the first wins
+            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        if folder.is_dir():
+            return
+        shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+        temporary.mkdir()
+        try:
+            write(temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def pack(sizes, row_tokens: int, order) -> list[array]:

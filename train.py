@@ -32,6 +32,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -64,6 +65,7 @@ from data import (
     encode_dialog,
     encode_documents,
     load_template,
+    once,
     parse_flags,
     parse_input,
     read_records,
@@ -414,11 +416,18 @@ def read_data(config: TrainConfig, say) -> Data:
         records = ((record, weight) for path, weight in inputs for record in read(path))
         return ((number, record, copies(weight, number, config.seed)) for number, (record, weight) in enumerate(records))
 
-    # Once through everything, keeping nothing: a bad record is found before anything is tokenised.
-    kinds, total = set(), 0
-    for _, record, _ in numbered():
-        kinds.add(record.kind)
-        total += 1
+    # Once through everything, keeping nothing: a bad record is found before anything is tokenised. What is large and was found
+    # good is not read again, and of the processes on a machine only the first reads it and only the first tokenises it.
+    def count_kinds():
+        return Counter(record.kind for _, record, _ in numbered())
+
+    files, weights = zip(*inputs, strict=True)
+    if known := cache_folder(files, tokenizer, "kinds", config.source, config.target, config.system):
+        once(known, lambda folder: (folder / "kinds.json").write_text(json.dumps(count_kinds())))
+        kinds = json.loads((known / "kinds.json").read_text())
+    else:
+        kinds = count_kinds()
+    total = sum(kinds.values())
     held_out = {Path(path).stem: [record.dialog for record in read(path)] for path in config.eval_data}
     chosen = {}  # held-out dialogs by number, in the order drawn
     if config.eval_split:
@@ -449,7 +458,6 @@ def read_data(config: TrainConfig, say) -> Data:
         return batches
 
     decides = "source target system model_max_length too_long train_on_inputs eval_split seed".split()
-    files, weights = zip(*inputs, strict=True)
     seen = chain.from_iterable(repeat(record.dialog, times) for number, record, times in numbered() if number not in chosen)
     cache = cache_folder(files, tokenizer, template, weights, *(getattr(config, name) for name in decides))
     batches = pack(", ".join(Path(path).name for path in config.data), seen, True, cache)

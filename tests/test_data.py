@@ -4,7 +4,10 @@ import gzip
 import json
 import os
 import random
+import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -953,7 +956,7 @@ def test_documents_in_a_file_are_those_in_memory_and_are_written_once(tokenizer,
             assert ids.dtype == labels.dtype == np.int32
     packed, expected = PackedBatches(on_disk, 128, seed=1), PackedBatches(in_memory, 128, seed=1)
     assert all(torch.equal(packed.batch(0, 0)[name], expected.batch(0, 0)[name]) for name in ("tokens", "labels", "cu_seqlens"))
-    assert os.listdir(tmp_path) == ["key"]
+    assert sorted(os.listdir(tmp_path)) == ["key", "key.lock"]
     empty, fates = encode_documents([], tokenizer, TEMPLATES["llama2"], **how, cache=tmp_path / "none")
     assert len(empty) == 0 and fates == {}
 
@@ -962,7 +965,62 @@ def test_a_bad_record_leaves_no_half_written_token_file(tokenizer, write, tmp_pa
     dialogs = read_dialogs(write("a.jsonl", GOOD * 600 + "{"))
     with pytest.raises(DataError, match="line 601"):
         encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], max_length=9, cache=tmp_path / "cache" / "key")
-    assert os.listdir(tmp_path / "cache") == []
+    assert os.listdir(tmp_path / "cache") == ["key.lock"]
+
+
+def process(work) -> int:
+    """The number of a new process that does the work and ends."""
+    if not (pid := os.fork()):
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_several_processes_one_tokenises_and_the_others_wait_and_map_it(tokenizer, tmp_path, killed):
+    """Eight ranks that each tokenise 5 GB take eight times the memory and, on eight cores, all of them. If the one is killed at
+    work, the next begins anew."""
+    dialogs, log = [said(f"Who is {i}?", f"Mira {i}.") for i in range(600)], tmp_path / "log"
+
+    def reading():
+        for i, dialog in enumerate(dialogs):
+            if i == 300:  # one batch is written, and there is time for the others to come
+                with open(log, "a") as file:
+                    file.write(f"{os.getpid()}\n")
+                time.sleep(0.5)
+                if killed and len(log.read_text().split()) == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield dialog
+
+    def rank():
+        documents, fates = encode_documents(reading(), tokenizer, TEMPLATES["plain"], max_length=99, cache=tmp_path / "c" / "key")
+        assert fates == {"kept": 600} and len(documents) == 600
+        assert documents[599][0].tolist() == encode_dialog(dialogs[599], tokenizer, TEMPLATES["plain"])[0]
+
+    ends = [os.waitpid(pid, 0)[1] for pid in [process(rank) for _ in range(3)]]
+    assert sorted(ends) == [0, 0, signal.SIGKILL if killed else 0]
+    assert len(log.read_text().split()) == 1 + killed
+    assert sorted(os.listdir(tmp_path / "c")) == ["key", "key.lock"]
+
+
+def test_where_files_cannot_be_locked_each_process_writes_for_itself(tokenizer, tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    cache = tmp_path / "key"
+
+    def late():  # another process is first while this one writes
+        shutil.copytree(whole, cache)
+        yield said("Hi", "Yes")
+
+    whole = tmp_path / "whole"
+    encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], max_length=99, cache=whole)
+    documents, fates = encode_documents(late(), tokenizer, TEMPLATES["plain"], max_length=99, cache=cache)
+    assert len(documents) == 1 and fates == {"kept": 1}
+    assert sorted(os.listdir(tmp_path)) == ["key", "key.lock", "whole", "whole.lock"]
 
 
 def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
