@@ -59,17 +59,14 @@ from data import (
     PackedBatches,
     Template,
     Tokenizer,
-    cache_folder,
     choose_template,
     copies,
     encode_dialog,
     encode_documents,
     load_template,
-    once,
     parse_flags,
     parse_input,
     read_records,
-    reader_of,
 )
 from generate import DTYPES, TINY, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
@@ -86,6 +83,8 @@ from model import (
     save_hf,
     to_hf,
 )
+from preparing.cache import cache_folder, once
+from preparing.readers import reader_of
 from quant import QUANTIZERS, AdamW8bit
 
 

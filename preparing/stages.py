@@ -35,7 +35,6 @@ from data import (
     Record,
     Tokenizer,
     choose_template,
-    content_key,
     copies,
     dialog_of,
     encode_dialog,
@@ -45,6 +44,7 @@ from data import (
     read_records,
     text_of,
 )
+from preparing.cache import content_key
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # where words have no spaces between them, a character is a word
 
@@ -186,7 +186,7 @@ class Preparation:
             if i not in skip:
                 found = json.loads(line.partition(b"\t")[2])
                 kind, dialog = dialog_of(found, None, None, None)
-                yield line, Record(dialog, kind, self.work, "", found["provenance"])
+                yield line, Record(dialog, kind, found["provenance"])
 
     def compared(self, record: Record) -> str:
         return text_of(record.dialog, "assistant" if self.config.dedup_on == "reply" else None)
@@ -302,8 +302,8 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     template = config.template and load_template(config.template)[0]
     evaluations = [parse_input(path)[0] for path in config.against]
     decides = dataclasses.replace(config, out=None, overwrite=False, n=1, plot=None, tokenizer=""), template, inputs
-    files = [*(path for path, _ in inputs), *evaluations, __file__, inspect.getfile(DataConfig)]
-    work = home / content_key(decides, files, tokenizer)
+    programs = inspect.getfile(DataConfig), *sorted(Path(__file__).parent.glob("*.py"))
+    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations, *programs], tokenizer)
     if not work.is_dir():
         shutil.rmtree(home, ignore_errors=True)
         work.mkdir(parents=True)

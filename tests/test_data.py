@@ -25,7 +25,6 @@ from data import (
     DataError,
     PackedBatches,
     Tokenizer,
-    cache_folder,
     choose_template,
     copies,
     encode_dialog,
@@ -37,6 +36,7 @@ from data import (
     read_records,
     write_dialog,
 )
+from preparing.cache import cache_folder
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -1027,7 +1027,7 @@ def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenize
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
     assert cache_folder([path], tokenizer, 1) is None  # too small to be worth a file
-    monkeypatch.setattr("data.CACHE_FROM", 1)
+    monkeypatch.setattr("preparing.cache.CACHE_FROM", 1)
     name = cache_folder([path], tokenizer, 1)
     assert name.parent == tmp_path / "nanotune" and name == cache_folder([write("c.jsonl", GOOD)], tokenizer, 1)
     assert (
