@@ -97,7 +97,7 @@ class Template:
     user_with_input: str = ""  # for records that have a separate input (Alpaca's); if empty, `user` and the input below it
     default_system: str = ""
     default_system_with_input: str = ""
-    bos_every_turn: bool = False  # Meta opens every turn of a chat with <s>, as every turn ends with </s>
+    bos_every_turn: bool = False  # Meta's chat code writes <s> once per question and answer, the others once per document
     stop: tuple[str, ...] = ()  # generation ends when one of these is written, beside the end token
 
 
@@ -437,6 +437,10 @@ def pack(sizes, row_tokens: int, order) -> list[array]:
     return rows
 
 
+def count_learned(labels: np.ndarray) -> int:
+    return int(np.count_nonzero(labels[1:] != IGNORE))  # nothing predicts the first
+
+
 class PackedBatches:
     """Documents packed into rows of exactly row_tokens tokens; every document is in exactly one row, whole.
 
@@ -445,8 +449,11 @@ class PackedBatches:
 
     def __init__(self, documents, row_tokens: int, seed: int = 0, shuffle: bool = True):
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
-        sizes = documents.sizes if hasattr(documents, "sizes") else [len(ids) for ids, _ in documents]
-        self.rows = pack(sizes, row_tokens, np.random.default_rng(seed).permutation(len(sizes)) if shuffle else range(len(sizes)))
+        in_memory = not hasattr(documents, "sizes")  # a file of tokens knows both
+        self.sizes = [len(ids) for ids, _ in documents] if in_memory else documents.sizes
+        self.supervised = [count_learned(labels) for _, labels in documents] if in_memory else documents.supervised
+        order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
+        self.rows = pack(self.sizes, row_tokens, order)
         self.order = None
 
     def __len__(self) -> int:

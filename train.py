@@ -446,8 +446,7 @@ def read_data(config: TrainConfig, say) -> Data:
         if not documents:
             raise DataError(f"{name}: nothing to learn from: {', '.join(f'{count:,} {fate}' for fate, count in fates.items())}")
         batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
-        tokens = sum(len(ids) for ids, _ in documents)
-        supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
+        tokens, supervised = sum(batches.sizes), sum(batches.supervised)
         full = tokens / (len(batches) * batches.row_tokens)
         in_order = sorted(fates.items(), key=lambda item: item[0] != "kept")
         say(f"{name}: " + ", ".join(f"{count:,} {fate}" for fate, count in in_order))
@@ -606,8 +605,7 @@ class Memory:
         self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype), sizes, workers.world
         self.gpu = GPU.here(device) if device.type == "cuda" else None
         self.counted, self.line = Tracker(), None
-        counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
-        self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
+        self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in data.batches.rows))
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""

@@ -19,9 +19,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -130,6 +132,44 @@ def packing(path: str, tokenizer_path: str, length: int = 2048) -> None:
         print(f"batches of {batch} padded to their longest: {padded:.1%}; packing does {packed / padded:.2f} x the useful tokens")
 
 
+def useful_tokens(path: str, length: int = 2048, batch: int = 8, steps: int = 12) -> None:
+    """Forward and backward of the embedded model over packed rows and over padded batches of the same documents, in turns."""
+    from model import load_model
+
+    documents, _ = encode_documents(
+        read_dialogs(path), Tokenizer(ROOT / "tiny" / "tokenizer.model"), TEMPLATES["llama2"], max_length=length
+    )
+    model, packed, real = load_model(ROOT / "tiny"), PackedBatches(documents, length), Counter()
+    order, seconds = np.random.default_rng(0).permutation(len(documents)), Counter()
+
+    def rows(step):
+        for index in range(4 * step, 4 * step + 4):
+            yield packed.batch(0, index), sum(len(documents[i][0]) for i in packed.documents_in(0, index))
+
+    def padded(step):
+        chosen = [documents[i] for i in order[step * batch : (step + 1) * batch]]
+        longest = max(len(ids) for ids, _ in chosen)
+        parts = [PackedBatches([document], longest).batch(0, 0) for document in chosen]
+        borders = torch.arange(0, batch * longest + 1, longest, dtype=torch.int32)
+        stream = {name: torch.cat([part[name] for part in parts]) for name in ("tokens", "labels")}
+        yield stream | {"cu_seqlens": borders}, sum(len(ids) for ids, _ in chosen)
+
+    for step in range(-1, steps):  # the first warms up
+        for kind in (rows, padded):
+            for inputs, tokens in kind(max(step, 0)):
+                started = time.perf_counter()
+                model(**inputs).backward()
+                if step >= 0:
+                    seconds[kind] += time.perf_counter() - started
+                    real[kind] += tokens
+    speed = {kind: real[kind] / seconds[kind] for kind in seconds}
+    print(
+        f"\nforward and backward of tiny/, useful tokens/s: packed {speed[rows]:,.0f}, "
+        f"batches of {batch} padded {speed[padded]:,.0f}, ratio {speed[rows] / speed[padded]:.2f}",
+        flush=True,
+    )
+
+
 def large(path: str, tokenizer_path: str, gigabytes: float) -> None:
     """What train.py does with a file of this size: read and check, tokenise into the cache, pack. Twice, the second time from
     the cache; each in a process of its own. Memory is the anonymous part of the resident set, looked at 50 times a second."""
@@ -186,6 +226,7 @@ def main():
         for n in options.dialogs:
             tokenising(options.data, options.tokenizer, n)
         packing(options.data, options.tokenizer)
+        useful_tokens(options.data)
     if options.large:
         large(options.data, options.tokenizer, options.large)
     if options.near:

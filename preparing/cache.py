@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import IGNORE, Tokenizer
+from data import IGNORE, Tokenizer, count_learned
 
 CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
 
@@ -22,7 +22,7 @@ def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
     if sum(Path(path).stat().st_size for path in paths) < CACHE_FROM:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nanotune" / content_key((1, *settings), paths, tokenizer)
+    return Path(home) / "nanotune" / content_key((2, *settings), paths, tokenizer)
 
 
 def content_key(settings, paths, tokenizer: Tokenizer) -> str:
@@ -46,7 +46,7 @@ class TokenFile:
 
     def __init__(self, folder: Path):
         self.ends = np.load(folder / "ends.npy")
-        self.sizes = np.diff(self.ends, prepend=0)
+        self.sizes, self.supervised = np.diff(self.ends, prepend=0), np.load(folder / "supervised.npy")
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if len(self.ends) else np.zeros(0, np.int32)
 
     def __len__(self) -> int:
@@ -58,12 +58,14 @@ class TokenFile:
 
 
 def write_tokens(folder: Path, documents, fates: Counter) -> None:
-    ends = array("q")
+    ends, supervised = array("q"), array("q")
     with open(folder / "tokens.bin", "wb") as file:
         for ids, labels in documents:
             np.where(labels == IGNORE, ~ids, ids).tofile(file)
             ends.append(len(ids) + (ends[-1] if ends else 0))
+            supervised.append(count_learned(labels))
     np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "supervised.npy", np.array(supervised, np.int64))
     (folder / "fates.json").write_text(json.dumps(fates))
 
 
