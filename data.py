@@ -33,7 +33,7 @@ import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -488,14 +488,6 @@ class PackedBatches:
             "labels": torch.from_numpy(labels),
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         }
-
-
-def read_all(config: "DataConfig", paths, refuse=None):
-    return chain.from_iterable(read_records(path, config.source, config.target, config.system, refuse) for path in paths)
-
-
-def text_of(dialog: list[dict], role: str | None = None) -> str:
-    return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from array import array
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -17,12 +17,21 @@ from data import (
     choose_template,
     encode_dialog,
     pack,
-    read_all,
-    text_of,
+    read_records,
 )
 
 
-def template_for(config: "DataConfig", paths) -> Template:
+def read_all(config: DataConfig, paths, refuse=None):
+    """The records of several files, one after another, as the flags say."""
+    return chain.from_iterable(read_records(path, config.source, config.target, config.system, refuse) for path in paths)
+
+
+def text_of(dialog: list[dict], role: str | None = None) -> str:
+    """What a dialog says, or one role in it, a message a line; raw text is everybody's."""
+    return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
+
+
+def template_for(config: DataConfig, paths) -> Template:
     """The template that train.py would take for all these files, and a word on it."""
     kinds = {record.kind for record in read_all(config, paths)} if config.template is None else ()
     template, name, why = choose_template(kinds, config.template)
@@ -30,7 +39,7 @@ def template_for(config: "DataConfig", paths) -> Template:
     return template
 
 
-def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+def show(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
     paths, colour = [path for path, _ in inputs], sys.stdout.isatty()
     template = template_for(config, paths)
@@ -51,7 +60,7 @@ def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
         print("\n--- end of document")
 
 
-def stats(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
+def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
     sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
     paths = [path for path, _ in inputs]

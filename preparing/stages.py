@@ -40,11 +40,10 @@ from data import (
     encode_dialog,
     load_template,
     parse_input,
-    read_all,
     read_records,
-    text_of,
 )
 from preparing.cache import content_key
+from preparing.pages import read_all, text_of
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # where words have no spaces between them, a character is a word
 

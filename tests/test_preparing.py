@@ -15,6 +15,7 @@ import pytest
 
 import data
 from data import DataError, read_dialogs, read_records
+from preparing.pages import text_of
 from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
 from train import TrainConfig, read_data
 
@@ -233,8 +234,8 @@ def test_no_validation_record_has_a_near_duplicate_in_training(run, tmp_path):
     assert "near-duplicate of a validation record" in printed
     near = NearDuplicates(0.95)
     for d in read_dialogs(tmp_path / "b.validation.jsonl"):
-        near.find(data.text_of(d))
-    assert all(near.find(data.text_of(d), add=False) is None for d in read_dialogs(tmp_path / "b.jsonl"))
+        near.find(text_of(d))
+    assert all(near.find(text_of(d), add=False) is None for d in read_dialogs(tmp_path / "b.jsonl"))
 
 
 def test_weights_mix_and_kinds_survive(run, tmp_path):
