@@ -21,16 +21,11 @@ As the file about what a user hands in, it also holds `parse_flags`, the one way
 """
 
 import argparse
-import csv
 import dataclasses
 import difflib
-import gzip
-import hashlib
 import inspect
 import json
-import os
 import re
-import shutil
 import sys
 import types
 import typing
@@ -38,7 +33,7 @@ import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -102,7 +97,7 @@ class Template:
     user_with_input: str = ""  # for records that have a separate input (Alpaca's); if empty, `user` and the input below it
     default_system: str = ""
     default_system_with_input: str = ""
-    bos_every_turn: bool = False  # Meta opens every turn of a chat with <s>, as every turn ends with </s>
+    bos_every_turn: bool = False  # Meta's chat code writes <s> once per question and answer, the others once per document
     stop: tuple[str, ...] = ()  # generation ends when one of these is written, beside the end token
 
 
@@ -132,39 +127,15 @@ TEMPLATES = {
 def load_template(name: str) -> tuple[Template, str]:
     """The template of that name, or a user's own: a JSON file (a name that ends in .json) or the JSON itself.
 
-        {"user": "Q: {system}{user}\\nA:", "assistant": "{assistant}\\n", "stop": ["Q:"]}
-
     Returns the template and what run.json keeps to find it again: the name, or for a user's own the JSON, which travels with
-    the run. Raises DataError for whatever would write something else than the dialog."""
+    the run. Raises DataError for an unknown name, and for a file that would write something else than the dialog."""
     if name in TEMPLATES:
         return TEMPLATES[name], name
-    where = "--template" if name.startswith("{") else name
-    if where == name and not name.endswith(".json"):
+    if not name.startswith("{") and not name.endswith(".json"):
         raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}, or a JSON file of your own")
-    try:
-        given = json.loads(name if where != name else Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    places = {"user": ["user"], "assistant": ["assistant"], "system": ["system"], "user_with_input": ["user", "input"]}
-    if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys() <= {*places, "stop"}:
-        raise DataError(f"{where}: a template holds user, assistant and perhaps system, user_with_input, stop: found {given!a}")
-    stop = given.get("stop", [])
-    if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
-        raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
-    for field in places.keys() & given.keys():
-        marks = {place: f"\0{place}\0" for place in ["system", *places[field]]}
-        try:  # written with marks in all places: does each needed one come out once, as it went in?
-            written = str.format(given[field], **marks)
-        except (TypeError, ValueError, LookupError, AttributeError):
-            written = ""
-        if any(written.count(marks[place]) != 1 for place in places[field]) or written.count(marks["system"]) > 1:
-            expected = " and ".join(f"{{{place}}}" for place in places[field])
-            raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
-    if "system" in given and "{system}" not in given["user"]:
-        raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
-    return Template(**given | {"stop": tuple(stop)}), json.dumps(given, ensure_ascii=False)
+    from preparing.readers import own_template  # here, as it imports this file
+
+    return own_template(name)
 
 
 class Piece(typing.NamedTuple):
@@ -223,43 +194,23 @@ def _joined(pieces: list[Piece], encoded: list[list[int]], tokenizer: Tokenizer,
 # Records
 
 
-# Where the named datasets are, and which file of each to take.
-_HUB = "https://huggingface.co/datasets/"
-DATASETS = {
-    "no_robots": ("HuggingFaceH4/no_robots", "data/train-*.parquet"),
-    "openchat_sharegpt4": ("openchat/openchat_sharegpt4_dataset", "one of the .json files of conversations"),
-    "openassistant-guanaco": ("timdettmers/openassistant-guanaco", "openassistant_best_replies_train.jsonl"),
-    "h2ogpt-oig-oasst1-instruct-cleaned": ("h2oai/h2ogpt-oig-oasst1-instruct-cleaned-v2", "the .json file"),
-    "open-platypus": ("garage-bAInd/Open-Platypus", "data/train-*.parquet"),
-    "alpaca": ("tatsu-lab/alpaca", "data/train-*.parquet"),
-    "dolphin": ("cognitivecomputations/dolphin", "flan1m-alpaca-uncensored.jsonl"),
-    "openorca": ("Open-Orca/OpenOrca", "1M-GPT4-Augmented.parquet"),
-    "open-instruct": ("VMware/open-instruct", "the .csv or .parquet file"),
-    "function_calling_extended": ("Trelis/function_calling_extended", "the .csv or .json file"),
-    "webglm-qa": ("THUDM/webglm-qa", "train.jsonl"),
-}
-_PASS = {"dolphin": " --system instruction --source input --target output"}  # its fields are Alpaca's, and mean something else
-
-
 class Record(typing.NamedTuple):
     dialog: list[dict]
     kind: str  # the template that records with these fields are written for
-    file: Path
-    where: str  # "line 7"
-    origin: str  # the same for people, or what a prepared record says of where it was before
+    origin: str  # file and line; or, of a prepared record, where it was before
 
 
 def parse_input(given: str) -> tuple[Path, float]:
-    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often."""
+    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often.
+    A name of a dataset, a file that is not there or one of an unknown kind is refused before anything is read."""
+    from preparing.readers import reader_of  # here, as it imports this file
+
     path, weight = Path(given), 1.0
     if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
         path, weight = Path(weighted[1]), float(weighted[2])
     if weight == 0:
         raise DataError(f"{given}: a weight is above 0")
-    if path.name.lower() in DATASETS and not path.exists():
-        home, file = DATASETS[path.name.lower()]
-        pass_on = _PASS.get(path.name.lower(), "")
-        raise DataError(f"{path.name} is not here: download {file} from {_HUB}{home} and pass its path: --data FILE{pass_on}")
+    reader_of(path)
     return path, weight
 
 
@@ -282,22 +233,17 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
     reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
     A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
     goes on. A file that cannot be read to its end raises in any case."""
+    from preparing.readers import reader_of
+
     path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".json": _json_records, ".csv": _csv_records, ".txt": _txt_records}
-    readers[".parquet"] = _parquet_records
-    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: name the files in it")
-    if ending not in readers or path.suffixes[-2:] == [".parquet", ".gz"]:
-        found = path.suffix or "(no ending)"
-        raise DataError(f"{path}: unknown kind of file {found!r}: known are {', '.join(readers)}, and .gz of the text ones")
+    reader = reader_of(path)
     if (source is None) != (target is None):
         raise DataError("--source and --target name two fields together: give both or neither")
     if system is not None and source is None:
         raise DataError("--system names the field of a system message beside --source and --target: give these too")
     empty = True
     try:
-        for where, found in readers[ending](path):
+        for where, found in reader(path):
             empty = False
             try:
                 kind, dialog = dialog_of(found, source, target, system)
@@ -312,96 +258,11 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
                 continue
             origin = found.get("provenance")
             origin = origin if isinstance(origin, str) else f"{path.name}, {where}"
-            yield Record(dialog, kind, path, where, origin.encode(errors="replace").decode())
+            yield Record(dialog, kind, origin.encode(errors="replace").decode())
     except (OSError, EOFError, zlib.error) as error:  # gzip's own errors have no strerror
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if empty:
         raise DataError(f"{path} holds no record")
-
-
-def _lines(path: Path, raising: bool = True):
-    """(number, text) of each line, Windows' endings made plain. Decoded singly, so that a bad byte is reported with its line:
-    raised, or yielded in the line's place."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError as error:
-                text = DataError(f"not UTF-8 text ({error.reason} at byte {error.start})")
-                if raising:
-                    raise DataError(f"{path}, line {number}: {text}") from None
-            yield number, text
-
-
-# The readers yield (place, record). What is wrong with one line only is yielded in the record's place.
-
-
-def _jsonl_records(path: Path):
-    for number, line in _lines(path, raising=False):
-        try:
-            if isinstance(line, DataError) or line.strip():
-                yield f"line {number}", line if isinstance(line, DataError) else json.loads(line)
-        except json.JSONDecodeError as error:
-            yield f"line {number}", DataError(f"not JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list in a list
-            yield f"line {number}", DataError(f"not JSON that can be read: {error}")
-
-
-def _json_records(path: Path):
-    text = "".join(line for _, line in _lines(path))
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
-    for number, record in enumerate(records, start=1):
-        yield f"record {number}", record
-
-
-def _csv_records(path: Path):
-    csv.field_size_limit(2**31 - 1)  # its own limit is 128 KB a field
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
-    line_num = 0  # where the last good record ended: an open quote swallows the rest of the file
-    try:
-        for record in reader:
-            where = f"line {reader.line_num}"
-            if None in record or None in record.values():
-                raise DataError(f"{path}, {where}: expected {len(reader.fieldnames)} columns ({', '.join(reader.fieldnames)})")
-            yield where, record
-            line_num = reader.line_num
-    except csv.Error as error:
-        raise DataError(f"{path}, the record from line {line_num + 1}: not CSV: {error}") from None
-
-
-def _parquet_records(path: Path):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    number = 0
-    try:
-        with open(path, "rb") as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", record
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, (DataError, FileNotFoundError)):
-            raise
-        raise DataError(f"{path}, after row {number}: not parquet: {str(error).splitlines()[0]}") from None
-
-
-def _txt_records(path: Path):
-    paragraph, start = [], 1
-    for number, line in chain(_lines(path), [(0, "")]):
-        if line.strip():
-            start = start if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield f"line {start}", {"text": "".join(paragraph).strip()}
-            paragraph = []
 
 
 # Conversations written out as one text: human_bot's markers count at the beginning of a line only, guanaco's anywhere. Such a
@@ -523,8 +384,10 @@ def encode_documents(dialogs, tokenizer, template, *, max_length, too_long="cut"
     fates = Counter()
     if cache is None:
         return list(_encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates)), fates
-    if not cache.is_dir():
-        _write_tokens(cache, _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates), fates)
+    from preparing.cache import TokenFile, once, write_tokens  # here, as it imports this file
+
+    encoded = _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates)
+    once(cache, lambda folder: write_tokens(folder, encoded, fates))
     return TokenFile(cache), Counter(json.loads((cache / "fates.json").read_text()))
 
 
@@ -555,60 +418,6 @@ def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs
             yield np.array(ids, np.int32), np.array(labels, np.int32)
 
 
-CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
-
-
-def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
-    """Where the tokens of these files under these settings are kept: a name made of the content of all that decides them.
-    None for data so small that there is nothing to save."""
-    if sum(Path(path).stat().st_size for path in paths) < CACHE_FROM:
-        return None
-    key = hashlib.blake2b(repr((1, *settings)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            key.update(hashlib.file_digest(file, "blake2b").digest())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nanotune" / key.hexdigest()
-
-
-class TokenFile:
-    """Documents in a memory-mapped file, read as a list of (ids, labels): 4 bytes a token on disk, and in memory what is in use.
-
-    A label is the token's own id or -100, so one number holds both: a token that is only read is stored as its complement ~id."""
-
-    def __init__(self, folder: Path):
-        self.ends = np.load(folder / "ends.npy")
-        self.sizes = np.diff(self.ends, prepend=0)
-        self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if len(self.ends) else np.zeros(0, np.int32)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int):
-        tokens = np.asarray(self.tokens[self.ends[i] - self.sizes[i] : self.ends[i]])
-        return np.where(tokens < 0, ~tokens, tokens), np.where(tokens < 0, IGNORE, tokens)
-
-
-def _write_tokens(folder: Path, documents, fates: Counter) -> None:
-    """Written beside and renamed into place, so that a folder of this name is whole; of several processes the first wins."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        ends = array("q")
-        with open(temporary / "tokens.bin", "wb") as file:
-            for ids, labels in documents:
-                np.where(labels == IGNORE, ~ids, ids).tofile(file)
-                ends.append(len(ids) + (ends[-1] if ends else 0))
-        np.save(temporary / "ends.npy", np.array(ends, np.int64))
-        (temporary / "fates.json").write_text(json.dumps(fates))
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first, with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def pack(sizes, row_tokens: int, order) -> list[array]:
     """Which documents, taken in this order, lie in which row. First fit: a document goes into the first of the latest 64 rows
     with room for it. On no_robots in the llama2 template, rows of 512 tokens end up 95 % full and rows of 2,048 tokens 99 %."""
@@ -628,6 +437,10 @@ def pack(sizes, row_tokens: int, order) -> list[array]:
     return rows
 
 
+def count_learned(labels: np.ndarray) -> int:
+    return int(np.count_nonzero(labels[1:] != IGNORE))  # nothing predicts the first
+
+
 class PackedBatches:
     """Documents packed into rows of exactly row_tokens tokens; every document is in exactly one row, whole.
 
@@ -636,8 +449,11 @@ class PackedBatches:
 
     def __init__(self, documents, row_tokens: int, seed: int = 0, shuffle: bool = True):
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
-        sizes = documents.sizes if isinstance(documents, TokenFile) else [len(ids) for ids, _ in documents]
-        self.rows = pack(sizes, row_tokens, np.random.default_rng(seed).permutation(len(sizes)) if shuffle else range(len(sizes)))
+        in_memory = not hasattr(documents, "sizes")  # a file of tokens knows both
+        self.sizes = [len(ids) for ids, _ in documents] if in_memory else documents.sizes
+        self.supervised = [count_learned(labels) for _, labels in documents] if in_memory else documents.supervised
+        order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
+        self.rows = pack(self.sizes, row_tokens, order)
         self.order = None
 
     def __len__(self) -> int:
@@ -672,89 +488,6 @@ class PackedBatches:
             "labels": torch.from_numpy(labels),
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeing
-
-
-def read_all(config: "DataConfig", paths, refuse=None):
-    return chain.from_iterable(read_records(path, config.source, config.target, config.system, refuse) for path in paths)
-
-
-def text_of(dialog: list[dict], role: str | None = None) -> str:
-    return "\n".join(m["content"] + m.get("input", "") for m in dialog if role in (None, m["role"]) or m["role"] == "text")
-
-
-def template_for(config: "DataConfig", paths) -> Template:
-    """The template that train.py would take for all these files, and a word on it."""
-    kinds = {record.kind for record in read_all(config, paths)} if config.template is None else ()
-    template, name, why = choose_template(kinds, config.template)
-    print(f"template {name}: {why}")
-    return template
-
-
-def show(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
-    """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
-    paths, colour = [path for path, _ in inputs], sys.stdout.isatty()
-    template = template_for(config, paths)
-    for record in islice(read_all(config, paths), config.n):
-        ids, labels = encode_dialog(record.dialog, tokenizer, template)
-        learned = [label != IGNORE for label in labels]
-        print(f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'})", end="")
-        width = 119
-        for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, learned, strict=True)):
-            text = f"{'*' if green and not colour else ''}{piece}:{token} "
-            if i == config.model_max_length:
-                print(f"\n--- cut here, at {i} tokens (--model_max_length)", end="")
-            if i == config.model_max_length or width + len(text) > 118:
-                print()
-                width = 0
-            print(f"\033[32m{text}\033[0m" if green and colour else text, end="")
-            width += len(text)
-        print("\n--- end of document")
-
-
-def stats(config: "DataConfig", inputs, tokenizer: Tokenizer) -> None:
-    """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
-    sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
-    paths = [path for path, _ in inputs]
-    template = template_for(config, paths)
-    for record in read_all(config, paths):
-        ids, labels = encode_dialog(record.dialog, tokenizer, template)
-        sizes.append(len(ids))
-        counts["learned"] += sum(label != IGNORE for label in labels)
-        counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
-        seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
-        for message in record.dialog:
-            parts[message["role"]] += len(tokenizer.encode(text_of([message])))
-    n, total = len(sizes), sum(sizes)
-    parts["template"] = total - sum(parts.values())
-    print(f"{n:,} records, {n - len(seen):,} of them exact duplicates; {counts['turns']:,} turns")
-    print(f"{total:,} tokens, {counts['learned'] / total:.1%} learned:", end=" ")
-    print(*(f"{part} {count:,} ({count / total:.1%})" for part, count in parts.items()), sep=", ")
-    edges = [0, *(2**i for i in range(4, max(sizes).bit_length() + 1))]
-    heights = np.histogram(sizes, edges)[0]
-    print(f"tokens of a record: median {np.median(sizes):,.0f}, 99 % have at most {np.percentile(sizes, 99):,.0f}")
-    for i, height in enumerate(heights):
-        print(f"  {edges[i]:7,} to {edges[i + 1] - 1:7,} {height:9,} {'#' * round(60 * height / max(heights))}")
-    lengths = np.minimum(sizes, limit)
-    print(
-        f"{sum(lengths < sizes):,} records are longer than {limit:,} (--model_max_length), {total - sum(lengths):,} tokens lost"
-    )
-    order = np.random.default_rng(config.seed).permutation(n)
-    full = sum(lengths) / (len(pack(lengths, limit, order)) * limit)
-    batches = [lengths[order[i : i + 8]] for i in range(0, n, 8)]
-    padded = sum(lengths) / sum(batch.max() * len(batch) for batch in batches)
-    print(f"packed in rows of {limit:,}: {full:.1%} real tokens; batches of 8 padded to their longest: {padded:.1%}")
-    if config.plot:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise DataError("--plot needs matplotlib: pip install matplotlib") from None
-        figure = Figure()
-        figure.subplots(subplot_kw={"xlabel": "tokens of a record", "ylabel": "records"}).hist(sizes, bins=60)
-        figure.savefig(config.plot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,7 +577,8 @@ class DataConfig:
 
 
 def main():
-    from preparing.stages import prepare  # here, as it imports this file
+    from preparing.pages import show, stats  # here, as they import this file
+    from preparing.stages import prepare
 
     commands = {"show": show, "stats": stats, "prepare": prepare}
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program

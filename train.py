@@ -32,6 +32,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -58,11 +59,11 @@ from data import (
     PackedBatches,
     Template,
     Tokenizer,
-    cache_folder,
     choose_template,
     copies,
     encode_dialog,
     encode_documents,
+    load_template,
     parse_flags,
     parse_input,
     read_records,
@@ -82,6 +83,8 @@ from model import (
     save_hf,
     to_hf,
 )
+from preparing.cache import cache_folder, once
+from preparing.readers import reader_of
 from quant import QUANTIZERS, AdamW8bit
 
 
@@ -402,8 +405,11 @@ class Data:
 def read_data(config: TrainConfig, say) -> Data:
     """Read, check and tokenise every record, so that a bad one stops the program before the model is even loaded."""
     tokenizer = Tokenizer(tokenizer_file(config))
-
+    if config.template is not None:
+        load_template(config.template)  # an unknown name is refused before anything is read, and so are those of files:
     inputs = [parse_input(given) for given in config.data]
+    for path in config.eval_data:
+        reader_of(Path(path))
 
     def read(path):
         return read_records(path, config.source, config.target, config.system)
@@ -413,11 +419,18 @@ def read_data(config: TrainConfig, say) -> Data:
         records = ((record, weight) for path, weight in inputs for record in read(path))
         return ((number, record, copies(weight, number, config.seed)) for number, (record, weight) in enumerate(records))
 
-    # Once through everything, keeping nothing: a bad record is found before anything is tokenised.
-    kinds, total = set(), 0
-    for _, record, _ in numbered():
-        kinds.add(record.kind)
-        total += 1
+    # Once through everything, keeping nothing: a bad record is found before anything is tokenised. What is large and was found
+    # good is not read again, and of the processes on a machine only the first reads it and only the first tokenises it.
+    def count_kinds():
+        return Counter(record.kind for _, record, _ in numbered())
+
+    files, weights = zip(*inputs, strict=True)
+    if known := cache_folder(files, tokenizer, "kinds", config.source, config.target, config.system):
+        once(known, lambda folder: (folder / "kinds.json").write_text(json.dumps(count_kinds())))
+        kinds = json.loads((known / "kinds.json").read_text())
+    else:
+        kinds = count_kinds()
+    total = sum(kinds.values())
     held_out = {Path(path).stem: [record.dialog for record in read(path)] for path in config.eval_data}
     chosen = {}  # held-out dialogs by number, in the order drawn
     if config.eval_split:
@@ -437,8 +450,7 @@ def read_data(config: TrainConfig, say) -> Data:
         if not documents:
             raise DataError(f"{name}: nothing to learn from: {', '.join(f'{count:,} {fate}' for fate, count in fates.items())}")
         batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
-        tokens = sum(len(ids) for ids, _ in documents)
-        supervised = sum(int((labels[1:] != IGNORE).sum()) for _, labels in documents)
+        tokens, supervised = sum(batches.sizes), sum(batches.supervised)
         full = tokens / (len(batches) * batches.row_tokens)
         in_order = sorted(fates.items(), key=lambda item: item[0] != "kept")
         say(f"{name}: " + ", ".join(f"{count:,} {fate}" for fate, count in in_order))
@@ -448,7 +460,6 @@ def read_data(config: TrainConfig, say) -> Data:
         return batches
 
     decides = "source target system model_max_length too_long train_on_inputs eval_split seed".split()
-    files, weights = zip(*inputs, strict=True)
     seen = chain.from_iterable(repeat(record.dialog, times) for number, record, times in numbered() if number not in chosen)
     cache = cache_folder(files, tokenizer, template, weights, *(getattr(config, name) for name in decides))
     batches = pack(", ".join(Path(path).name for path in config.data), seen, True, cache)
@@ -598,8 +609,7 @@ class Memory:
         self.config, self.sizes, self.world = dataclasses.replace(config, dtype=dtype, compile=False), sizes, workers.world
         self.gpu = GPU.here(device) if device.type == "cuda" else None
         self.counted, self.line = Tracker(), None
-        counts = [int((labels[1:] != IGNORE).sum()) for _, labels in data.batches.documents]
-        self.supervised = max(sum(counts[i] for i in row) for row in data.batches.rows)
+        self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in data.batches.rows))
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""

@@ -14,14 +14,16 @@
 Every record is written or counted under the reason for which it is not.
 """
 
+import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
-import tempfile
+import shutil
 from array import array
-from collections import Counter
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +32,18 @@ from data import (
     STAGES,
     DataConfig,
     DataError,
+    Record,
     Tokenizer,
     choose_template,
     copies,
     dialog_of,
     encode_dialog,
-    read_all,
+    load_template,
+    parse_input,
     read_records,
-    text_of,
 )
+from preparing.cache import content_key
+from preparing.pages import read_all, text_of
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # where words have no spaces between them, a character is a word
 
@@ -67,7 +72,7 @@ FAULTS = {
 
 
 def fault(dialog: list[dict], stage: str) -> str | None:
-    """The first thing that is wrong with a dialog."""
+    """The first thing that is wrong with a dialog, of what this stage looks for."""
     replies = text_of(dialog, "assistant")
     parts = dialog, text_of(dialog), replies, WORD.findall(replies.lower())
     return next((reason for (of, reason), wrong in FAULTS.items() if of == stage and wrong(*parts)), None)
@@ -137,119 +142,198 @@ def ngrams(dialog: list[dict], n: int = 13) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
+class Preparation:
+    """The stages of one `prepare`. Each is a generator: of the lines that the stage before has kept, those that it keeps.
+
+    A stage's output is a file in the folder `work` that has its name only when it is whole; `done` is what was counted up to
+    there, kept beside it. A line is the weight of the file it came from, a tab, and the record as JSON."""
+
+    def __init__(self, config: DataConfig, inputs, evaluations, template, tokenizer: Tokenizer, work: Path):
+        self.config, self.inputs, self.evaluations, self.work = config, inputs, evaluations, work
+        self.template, self.tokenizer = template, tokenizer
+        self.done = {"stage": None, "read": 0, "left": 0, "lines": 0, "held": 0, "removed": {}}
+
+    def run(self, name: str) -> None:
+        """One stage. Its removals are in `done` under "stage reason": [how many, the first two]."""
+        before, left, lines, self.now = self.done["stage"], 0, 0, "clean" if name == "read" else name
+        with open(self.work / "unfinished", "wb") as file:
+            for line in getattr(self, name)():
+                file.write(line)
+                left, lines = left + 1, lines + line.count(b"\n")
+        self.done |= {"stage": name, "left": left, "lines": lines}
+        if name == "read":
+            self.done["read"] = left + self.removed()
+        (self.work / f"{name}.json").write_text(json.dumps(self.done))
+        os.replace(self.work / "unfinished", self.work / f"{name}.jsonl")
+        if before:
+            (self.work / f"{before}.jsonl").unlink()
+
+    def removed(self) -> int:
+        return sum(number for number, _ in self.done["removed"].values())
+
+    def remove(self, reason: str, example: str) -> None:
+        key = f"{self.now} {reason}"
+        number, examples = self.done["removed"].get(key, (0, []))
+        self.done["removed"][key] = number + 1, [*examples, example][:2]
+
+    def lines(self, name: str | None = None):
+        with open(self.work / f"{name or self.done['stage']}.jsonl", "rb") as file:
+            yield from file
+
+    def records(self, skip=()):
+        for i, line in enumerate(self.lines()):
+            if i not in skip:
+                found = json.loads(line.partition(b"\t")[2])
+                kind, dialog = dialog_of(found, None, None, None)
+                yield line, Record(dialog, kind, found["provenance"])
+
+    def compared(self, record: Record) -> str:
+        return text_of(record.dialog, "assistant" if self.config.dedup_on == "reply" else None)
+
+    def without(self, reason_of, skip=()):
+        """The lines of which reason_of(record) has nothing to say; else it says a reason, or "reason|more"."""
+        for line, record in self.records(skip):
+            if found := reason_of(record):
+                reason, _, more = found.partition("|")
+                self.remove(reason, f"{record.origin} {more}: ...{text_of(record.dialog)[-60:]!r}")
+            else:
+                yield line
+
+    def read(self):
+        def refuse(message):
+            self.remove("malformed", message)
+
+        for path, weight in self.inputs:
+            for record in read_all(self.config, [path], refuse if "clean" in self.config.stages else None):
+                raw = record.dialog[0]["role"] == "text"
+                said = {"text": text_of(record.dialog)} if raw else {"messages": record.dialog, "kind": record.kind}
+                yield f"{weight}\t{json.dumps(said | {'provenance': record.origin}, ensure_ascii=False)}\n".encode()
+
+    def clean(self):
+        return self.without(lambda record: fault(record.dialog, "clean"))
+
+    def length(self):
+        def wrong(record):
+            template = self.template or choose_template([record.kind], None)[0]
+            tokens = len(encode_dialog(record.dialog, self.tokenizer, template)[0])
+            long, short = tokens > self.config.model_max_length, tokens < self.config.min_tokens
+            return "too long" if long else "too short" if short else None
+
+        return self.without(wrong)
+
+    def quality(self):
+        return self.without(lambda record: fault(record.dialog, "quality"))
+
+    def against(self):
+        evaluated = {gram: r.origin for path in self.evaluations for r in read_records(path) for gram in ngrams(r.dialog)}
+
+        def contaminated(record):
+            shared = ngrams(record.dialog) & evaluated.keys()
+            return f"shares 13 words|with {evaluated[min(shared)]}" if shared else None
+
+        return self.without(contaminated)
+
+    def dedup(self):  # after the stages that look at one record: what goes for another reason takes no duplicates with it
+        near, exact, origins = NearDuplicates(self.config.near), {}, []
+
+        def duplicate(record):
+            text = self.compared(record)
+            key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            if key in exact:
+                return f"exact duplicate|of {origins[exact[key]]}"
+            if (other := near.find(text)) is not None:
+                return f"near-duplicate|of {origins[other]}"
+            exact[key] = len(origins)
+            origins.append(record.origin)
+
+        return self.without(duplicate)
+
+    def select(self):
+        k, by, near = min(self.config.select, self.done["left"]), self.config.select_by, NearDuplicates(self.config.near)
+        replies = (text_of(record.dialog, "assistant") for _, record in self.records())
+        if by == "longest":
+            sizes = list(map(len, replies))
+            kept = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:k]
+        else:
+            kept = most_diverse(np.array([near.minima(near.words(reply)) for reply in replies]), k)
+        numbers, kept = count(), {*kept}
+        return self.without(lambda _: None if next(numbers) in kept else f"not among the {k:,} {by}")
+
+    def split(self):
+        across = NearDuplicates(self.config.near)
+        order = np.random.default_rng(self.config.seed).permutation(self.done["left"])
+        held = {*order[: max(1, round(self.config.split * len(order)))].tolist()}
+        with open(self.work / "held.jsonl", "wb") as file:
+            for i, (line, record) in enumerate(self.records()):
+                if i in held:
+                    across.find(self.compared(record))
+                    file.write(line)
+        self.done["held"] = len(held)
+        torn = "near-duplicate of a validation record"
+        return self.without(lambda r: None if across.find(self.compared(r), add=False) is None else torn, held)
+
+    def mix(self):
+        """In random order; a file of weight 2 twice."""
+        places = np.cumsum(np.fromiter(chain([0], map(len, self.lines())), np.int64))
+        with open(self.work / f"{self.done['stage']}.jsonl", "rb") as file:
+            for i in np.random.default_rng(self.config.seed).permutation(len(places) - 1).tolist():
+                file.seek(places[i])
+                line = file.readline()
+                if times := copies(float(line.partition(b"\t")[0]), i, self.config.seed):
+                    yield line * times
+                else:
+                    self.remove("left out by the weight of its file", json.loads(line.partition(b"\t")[2])["provenance"])
+
+
 def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
-    """Read once, record by record, through the stages that look at a record by itself or at those before it; keep what passes in
-    an unnamed file; then select, split and mix by number; write. A prepared file can be prepared again, so stages can be run
-    one by one, each going on from the file of the one before; a record always knows where it first came from."""
+    """Read the inputs, take them through the stages that are on, and write what is left, held out or not.
+
+    What a stage has finished stays in OUT.work until the end, under a name made of the inputs, the flags and this program: where
+    these are the same, a run that was killed goes on after its last whole stage and writes the same bytes. A prepared file can
+    be prepared again, so stages can also be run one by one; a record always knows where it first came from."""
     out = Path(config.out or "")
     if out.suffix != ".jsonl" or not out.parent.is_dir():
         raise DataError("prepare needs --out FILE.jsonl, the file to write, in a folder that exists")
-    validation = out.with_name(f"{out.stem}.validation.jsonl")
-    if existing := [str(path) for path in (out, validation) if path.exists() and not config.overwrite]:
-        raise DataError(f"{existing[0]} exists already: name another with --out, or replace it with --overwrite")
-    removed, examples, near, exact, origins = Counter(), {}, NearDuplicates(config.near), {}, []
-    evaluated = {
-        gram: record.origin for path in config.against for record in read_records(path) for gram in ngrams(record.dialog)
-    }
-
-    def remove(stage, reason, example):
-        removed[stage, reason] += 1
-        examples[stage, reason] = (*examples.get((stage, reason), ()), example)[:2]
-
-    def compared(dialog):
-        return text_of(dialog, "assistant" if config.dedup_on == "reply" else None)
-
-    def length(record):
-        tokens = len(encode_dialog(record.dialog, tokenizer, choose_template([record.kind], config.template)[0])[0])
-        return "too long" if tokens > config.model_max_length else "too short" if tokens < config.min_tokens else None
-
-    def contaminated(record):
-        shared = ngrams(record.dialog) & evaluated.keys()
-        return f"shares 13 words|with {evaluated[min(shared)]}" if shared else None
-
-    def duplicate(record):
-        text = compared(record.dialog)
-        key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-        if key in exact:
-            return f"exact duplicate|of {origins[exact[key]]}"
-        if (other := near.find(text)) is not None:
-            return f"near-duplicate|of {origins[other]}"
-        exact[key] = len(origins)
-        origins.append(record.origin)
-
-    # dedup last: a record that goes for another reason must not take its duplicates with it.
-    checks = {
-        stage: functools.partial(lambda stage, record: fault(record.dialog, stage), stage) for stage in ("clean", "quality")
-    }
-    checks |= {"length": length, "against": contaminated, "dedup": duplicate}
-    read, places, weights, scores = Counter(), array("q"), array("d"), []
-
-    def refuse(message):
-        read["refused"] += 1
-        remove("clean", "malformed", message)
-
-    with tempfile.TemporaryFile(dir=out.parent) as file:
-        for path, weight in inputs:
-            for record in read_all(config, [path], refuse if "clean" in config.stages else None):
-                read["good"] += 1
-                for stage in (stage for stage in STAGES if stage in checks and stage in config.stages):
-                    if found := checks[stage](record):
-                        reason, _, more = found.partition("|")
-                        remove(stage, reason, f"{record.origin} {more}: ...{text_of(record.dialog)[-60:]!r}")
-                        break
-                else:
-                    places.append(file.tell())
-                    weights.append(weight)
-                    reply = text_of(record.dialog, "assistant")
-                    scores.append(
-                        len(reply) if config.select_by == "longest" or not config.select else near.minima(near.words(reply))
-                    )
-                    raw = record.dialog[0]["role"] == "text"
-                    said = {"text": reply} if raw else {"messages": record.dialog, "kind": record.kind}
-                    file.write(json.dumps(said | {"provenance": record.origin}, ensure_ascii=False).encode() + b"\n")
-
-        def line(i):
-            file.seek(places[i])
-            return file.readline()
-
-        def dialog(i):
-            return dialog_of(json.loads(line(i)), None, None, None)[1]
-
-        kept, held = list(range(len(places))), []
-        if "select" in config.stages and 0 < config.select < len(kept):
-            by_length = sorted(kept, key=lambda i: -scores[i])[: config.select] if config.select_by == "longest" else None
-            kept = sorted(by_length or most_diverse(np.array(scores), config.select))
-            for i in sorted({*range(len(places))} - {*kept}):
-                remove("select", f"not among the {config.select:,} {config.select_by}", json.loads(line(i))["provenance"])
-        if "split" in config.stages and config.split and kept:
-            held = sorted(
-                np.random.default_rng(config.seed).permutation(kept)[: max(1, round(config.split * len(kept)))].tolist()
-            )
-            across, rest = NearDuplicates(config.near), sorted({*kept} - {*held})
-            for i in held:
-                across.find(compared(dialog(i)))
-            kept = [i for i in rest if across.find(compared(dialog(i)), add=False) is None]
-            for i in sorted({*rest} - {*kept}):
-                remove("split", "near-duplicate of a validation record", json.loads(line(i))["provenance"])
-        written = kept
-        if "mix" in config.stages:  # in random order, as often as the weight of the file says
-            shuffled = np.random.default_rng(config.seed).permutation(kept).tolist()
-            written = [i for i in shuffled for _ in range(copies(weights[i], i, config.seed))]
-            for i in sorted({*kept} - {*written}):
-                remove("mix", "left out by the weight of its file", json.loads(line(i))["provenance"])
-            kept = sorted({*written})
-        assert read.total() == len(kept) + len(held) + removed.total(), "a record is neither written nor counted as removed"
-        for path, numbers in ((out, written), (validation, held)):
+    validation, home = out.with_name(f"{out.stem}.validation.jsonl"), Path(f"{out}.work")
+    there = [path for path in (out, validation) if path.exists()]
+    if there and not config.overwrite and not (there == [validation] and home.exists()):  # killed between writing the two
+        raise DataError(f"{there[0]} exists already: name another with --out, or replace it with --overwrite")
+    template = config.template and load_template(config.template)[0]
+    evaluations = [parse_input(path)[0] for path in config.against]
+    decides = dataclasses.replace(config, out=None, overwrite=False, n=1, plot=None, tokenizer=""), template, inputs
+    programs = inspect.getfile(DataConfig), *sorted(Path(__file__).parent.glob("*.py"))
+    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations, *programs], tokenizer)
+    if not work.is_dir():
+        shutil.rmtree(home, ignore_errors=True)
+        work.mkdir(parents=True)
+    needed = {"against": config.against, "select": config.select, "split": config.split}
+    stages = ["read", *(name for name in STAGES if name in config.stages and needed.get(name, True))]
+    run, todo = Preparation(config, inputs, evaluations, template, tokenizer, work), stages
+    for i, name in enumerate(stages):
+        if (work / f"{name}.jsonl").exists():
+            run.done, todo = json.loads((work / f"{name}.json").read_text()), stages[i + 1 :]
+    if todo != stages:
+        print(f"going on after the stage {run.done['stage']} of a run that was stopped")
+    try:
+        for name in todo:
+            run.run(name)
+        done = run.done
+        assert done["read"] == done["left"] + done["held"] + run.removed(), "a record is neither written nor counted as removed"
+        validation.unlink(missing_ok=True)  # of a run that is replaced
+        for name, path in (("held", validation), (stages[-1], out))[not done["held"] :]:
             with open(f"{path}.tmp", "wb") as target:
-                target.writelines(map(line, numbers))
-        os.replace(f"{validation}.tmp", validation)
-        os.replace(f"{out}.tmp", out)
-        if not held:
-            validation.unlink()
-    print(f"{read.total():,} records read from {', '.join(str(path) for path, _ in inputs)}")
-    for (stage, reason), count in sorted(removed.items(), key=lambda item: STAGES.index(item[0][0])):
-        print(f"  {stage:8} -{count:<7,} {reason}", *examples[stage, reason], sep="\n" + " " * 20)
-    print(f"{len(kept):,} left, {len(written):,} lines in {out}" + (f", {len(held):,} in {validation}" if held else ""))
+                target.writelines(line.partition(b"\t")[2] for line in run.lines(name))
+            os.replace(f"{path}.tmp", path)
+    except DataError:
+        shutil.rmtree(home)  # the inputs must change before it can go on
+        raise
+    shutil.rmtree(home)
+    print(f"{done['read']:,} records read from {', '.join(str(path) for path, _ in inputs)}")
+    for key, (number, examples) in sorted(done["removed"].items(), key=lambda item: STAGES.index(item[0].split()[0])):
+        stage, _, reason = key.partition(" ")
+        print(f"  {stage:8} -{number:<7,} {reason}", *examples, sep="\n" + " " * 20)
+    held = f", {done['held']:,} in {validation}" if done["held"] else ""
+    print(f"{done['left']:,} left, {done['lines']:,} lines in {out}{held}")
 
 
 def most_diverse(minima: np.ndarray, k: int) -> list[int]:

@@ -4,7 +4,10 @@ import gzip
 import json
 import os
 import random
+import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +25,6 @@ from data import (
     DataError,
     PackedBatches,
     Tokenizer,
-    cache_folder,
     choose_template,
     copies,
     encode_dialog,
@@ -34,6 +36,7 @@ from data import (
     read_records,
     write_dialog,
 )
+from preparing.cache import cache_folder
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -59,6 +62,11 @@ def shared(name: str) -> Path:
 @pytest.fixture
 def llama2_tokenizer():
     return Tokenizer(shared("llama2_tokenizer.model"))
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return Tokenizer(Path(__file__).parents[1] / "tiny" / "tokenizer.model")
 
 
 @pytest.fixture
@@ -278,11 +286,11 @@ def spelled(ids, tokenizer) -> str:
     return pieces.decode().replace("▁", " ").replace("<s> ", "<s>")
 
 
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("which", ["tokenizer", "tiny_tokenizer", "llama2_tokenizer"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_template_is_written_literally_so(template, real, request):
+def test_every_template_is_written_literally_so(template, which, request):
     """The text with its begin and end tokens; | where what is read and what is learned meet."""
-    tokenizer = request.getfixturevalue("llama2_tokenizer" if real else "tokenizer")
+    tokenizer = request.getfixturevalue(which)
     dialog = [SYSTEM, ASK, REPLY, ASK_AGAIN, REPLY_AGAIN]
     ids, labels = encode_dialog(dialog, tokenizer, TEMPLATES[template])
     learning = [label != IGNORE for label in labels]
@@ -587,16 +595,20 @@ def test_a_name_of_a_dataset_says_what_to_download_from_where_and_what_to_pass(t
         parse_input("no_robots")
     with pytest.raises(DataError, match="--data FILE --system instruction --source input --target output"):
         parse_input("dolphin:2")
-    (tmp_path / "no_robots").write_text("")
-    assert parse_input("no_robots") == (Path("no_robots"), 1)
+    (tmp_path / "no_robots.csv").write_text("")
+    assert parse_input("no_robots.csv") == (Path("no_robots.csv"), 1)
 
 
 def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "C:a.jsonl", "b:2.jsonl"):
+        (tmp_path / name).write_text("")
     assert parse_input("a.jsonl:2") == (Path("a.jsonl"), 2) and parse_input("a.jsonl:0.25") == (Path("a.jsonl"), 0.25)
-    assert parse_input("C:a.jsonl") == (Path("C:a.jsonl"), 1)
-    (tmp_path / "a:2").write_text("")
-    assert parse_input("a:2") == (Path("a:2"), 1)  # a file of that very name
+    assert parse_input("C:a.jsonl") == (Path("C:a.jsonl"), 1) and parse_input("b:2.jsonl") == (Path("b:2.jsonl"), 1)
+    with pytest.raises(DataError, match=r"absent.jsonl cannot be read: No such file"):
+        parse_input("absent.jsonl")
+    with pytest.raises(DataError, match=r"a.xlsx: unknown kind of file"):
+        parse_input("a.xlsx:2")
     with pytest.raises(DataError, match="a weight is above 0"):
         parse_input("a.jsonl:0")
     assert {copies(2, i, 0) for i in range(50)} == {2}
@@ -949,7 +961,7 @@ def test_documents_in_a_file_are_those_in_memory_and_are_written_once(tokenizer,
             assert ids.dtype == labels.dtype == np.int32
     packed, expected = PackedBatches(on_disk, 128, seed=1), PackedBatches(in_memory, 128, seed=1)
     assert all(torch.equal(packed.batch(0, 0)[name], expected.batch(0, 0)[name]) for name in ("tokens", "labels", "cu_seqlens"))
-    assert os.listdir(tmp_path) == ["key"]
+    assert sorted(os.listdir(tmp_path)) == ["key", "key.lock"]
     empty, fates = encode_documents([], tokenizer, TEMPLATES["llama2"], **how, cache=tmp_path / "none")
     assert len(empty) == 0 and fates == {}
 
@@ -958,14 +970,69 @@ def test_a_bad_record_leaves_no_half_written_token_file(tokenizer, write, tmp_pa
     dialogs = read_dialogs(write("a.jsonl", GOOD * 600 + "{"))
     with pytest.raises(DataError, match="line 601"):
         encode_documents(dialogs, tokenizer, TEMPLATES["llama2"], max_length=9, cache=tmp_path / "cache" / "key")
-    assert os.listdir(tmp_path / "cache") == []
+    assert os.listdir(tmp_path / "cache") == ["key.lock"]
+
+
+def process(work) -> int:
+    """The number of a new process that does the work and ends."""
+    if not (pid := os.fork()):
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_several_processes_one_tokenises_and_the_others_wait_and_map_it(tokenizer, tmp_path, killed):
+    """Eight ranks that each tokenise 5 GB take eight times the memory and, on eight cores, all of them. If the one is killed at
+    work, the next begins anew."""
+    dialogs, log = [said(f"Who is {i}?", f"Mira {i}.") for i in range(600)], tmp_path / "log"
+
+    def reading():
+        for i, dialog in enumerate(dialogs):
+            if i == 300:  # one batch is written, and there is time for the others to come
+                with open(log, "a") as file:
+                    file.write(f"{os.getpid()}\n")
+                time.sleep(0.5)
+                if killed and len(log.read_text().split()) == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield dialog
+
+    def rank():
+        documents, fates = encode_documents(reading(), tokenizer, TEMPLATES["plain"], max_length=99, cache=tmp_path / "c" / "key")
+        assert fates == {"kept": 600} and len(documents) == 600
+        assert documents[599][0].tolist() == encode_dialog(dialogs[599], tokenizer, TEMPLATES["plain"])[0]
+
+    ends = [os.waitpid(pid, 0)[1] for pid in [process(rank) for _ in range(3)]]
+    assert sorted(ends) == [0, 0, signal.SIGKILL if killed else 0]
+    assert len(log.read_text().split()) == 1 + killed
+    assert sorted(os.listdir(tmp_path / "c")) == ["key", "key.lock"]
+
+
+def test_where_files_cannot_be_locked_each_process_writes_for_itself(tokenizer, tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    cache = tmp_path / "key"
+
+    def late():  # another process is first while this one writes
+        shutil.copytree(whole, cache)
+        yield said("Hi", "Yes")
+
+    whole = tmp_path / "whole"
+    encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], max_length=99, cache=whole)
+    documents, fates = encode_documents(late(), tokenizer, TEMPLATES["plain"], max_length=99, cache=cache)
+    assert len(documents) == 1 and fates == {"kept": 1}
+    assert sorted(os.listdir(tmp_path)) == ["key", "key.lock", "whole", "whole.lock"]
 
 
 def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
     assert cache_folder([path], tokenizer, 1) is None  # too small to be worth a file
-    monkeypatch.setattr("data.CACHE_FROM", 1)
+    monkeypatch.setattr("preparing.cache.CACHE_FROM", 1)
     name = cache_folder([path], tokenizer, 1)
     assert name.parent == tmp_path / "nanotune" and name == cache_folder([write("c.jsonl", GOOD)], tokenizer, 1)
     assert (

@@ -1,8 +1,11 @@
 """Preparing: what each stage removes and what it leaves alone, that nothing goes uncounted, and what show and stats print."""
 
 import json
+import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,9 @@ import pytest
 
 import data
 from data import DataError, read_dialogs, read_records
+from preparing.pages import text_of
 from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
+from train import TrainConfig, read_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -229,8 +234,8 @@ def test_no_validation_record_has_a_near_duplicate_in_training(run, tmp_path):
     assert "near-duplicate of a validation record" in printed
     near = NearDuplicates(0.95)
     for d in read_dialogs(tmp_path / "b.validation.jsonl"):
-        near.find(data.text_of(d))
-    assert all(near.find(data.text_of(d), add=False) is None for d in read_dialogs(tmp_path / "b.jsonl"))
+        near.find(text_of(d))
+    assert all(near.find(text_of(d), add=False) is None for d in read_dialogs(tmp_path / "b.jsonl"))
 
 
 def test_weights_mix_and_kinds_survive(run, tmp_path):
@@ -253,6 +258,97 @@ def test_select_keeps_the_longest_replies(run, tmp_path):
     assert [len(d[1]["content"]) for d in read_dialogs(tmp_path / "b.jsonl")] == [10, 8]
     run("prepare", "a.jsonl", out="c.jsonl", select=2, select_by="diverse", stages="select")
     assert len(list(read_dialogs(tmp_path / "c.jsonl"))) == 2
+
+
+@pytest.fixture
+def killed(run, tmp_path, monkeypatch, tokenizer_file):
+    """killed(at, ...) runs prepare in a process of its own that kills itself with SIGKILL at its event number `at`: a record
+    parsed (unless parsing=False), before a file is renamed and after. Returns how many events there were; None if killed."""
+
+    def killed(at, *files, parsing=True, **flags):
+        reading, writing = os.pipe()
+        if pid := os.fork():
+            os.close(writing)
+            events = os.fdopen(reading).read()
+            assert os.waitpid(pid, 0)[1] in (0, signal.SIGKILL)
+            return int(events) if events else None
+        events = 0
+
+        def event():
+            nonlocal events
+            events += 1
+            if events == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loads, replace = json.loads, os.replace
+        monkeypatch.setattr(json, "loads", lambda text: (parsing and event(), loads(text))[1])
+        monkeypatch.setattr(os, "replace", lambda old, new: (event(), replace(old, new), event()))
+        try:
+            run("prepare", *files, **flags)
+            os.write(writing, str(events).encode())
+        finally:
+            os._exit(0)
+
+    return killed
+
+
+EVERY_STAGE = {"model_max_length": 2000, "split": 0.2, "select": 30, "against": "exam.jsonl"}
+
+
+@pytest.mark.parametrize("select_by", ["longest", "diverse"])
+def test_a_prepare_that_is_killed_again_and_again_writes_the_same_bytes(run, killed, tmp_path, select_by):
+    """kill -9 inside every stage and between them, anywhere from 1 event to a third of all after each start."""
+    flags, rng = EVERY_STAGE | {"select_by": select_by}, random.Random(select_by)
+    run.write("a.jsonl", mixed(rng, 50))
+    run.write("b.jsonl", mixed(rng, 10))
+    run.write("exam.jsonl", [json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])["messages"]])
+    inputs = ("a.jsonl:1.5", "b.jsonl")
+    run("prepare", *inputs, out="whole.jsonl", **flags)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    total = killed(0, *inputs, out="whole.jsonl", overwrite=True, **flags)
+    for _ in range(3):
+        inside, after = 0, set()
+        while not (tmp_path / "c.jsonl").exists():
+            events = killed(rng.randrange(1, total // 3), *inputs, out="c.jsonl", **flags)
+            inside += bool(list(tmp_path.glob("c.jsonl.work/*/unfinished")))
+            after |= {path.stem for path in tmp_path.glob("c.jsonl.work/*/*.jsonl")}
+        assert (events or 0) < total and inside > 2 and len(after) > 2
+        for end in (".jsonl", ".validation.jsonl"):
+            assert (tmp_path / f"c{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+            (tmp_path / f"c{end}").unlink()
+        shutil.rmtree(tmp_path / "c.jsonl.work", ignore_errors=True)  # killed when all was done but the tidying
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_killed_before_or_after_any_rename_it_goes_on_after_the_last_whole_stage(run, killed, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(3), 12))
+    run.write("exam.jsonl", [dialog("Hi", "Yes.")])
+    flags = EVERY_STAGE | {"select": 9}
+    report = run("prepare", "a.jsonl", out="whole.jsonl", **flags)
+    stages = ["read", "clean", "length", "quality", "against", "dedup", "select", "split", "mix", "mix", "mix"]
+    for at in range(1, 2 * len(stages) + 1):  # a rename a stage and two of the output, before and after each
+        assert killed(at, "a.jsonl", out="c.jsonl", parsing=False, **flags) is None
+        (tmp_path / "c.jsonl").unlink(missing_ok=True)  # whole already, after the last of all
+        whole = stages[at // 2 - 1] if at > 1 else None
+        said = f"going on after the stage {whole} of a run that was stopped\n" if whole else ""
+        assert run("prepare", "a.jsonl", out="c.jsonl", **flags).replace("c.", "whole.") == said + report
+        for end in (".jsonl", ".validation.jsonl"):
+            assert (tmp_path / f"c{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
+            (tmp_path / f"c{end}").unlink()
+        assert not (tmp_path / "c.jsonl.work").exists()
+
+
+def test_other_inputs_or_flags_do_not_go_on_with_what_was_begun(run, killed, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(4), 12))
+    for change in ("input", "flag"):
+        assert killed(7, "a.jsonl", out="c.jsonl", parsing=False) is None
+        if change == "input":
+            run.write("a.jsonl", mixed(random.Random(5), 12))
+        printed = run("prepare", "a.jsonl", out="c.jsonl", seed=7 if change == "flag" else 42)
+        assert "going on" not in printed
+        assert printed == run("prepare", "a.jsonl", out="c.jsonl", seed=7 if change == "flag" else 42, overwrite=True)
+        (tmp_path / "c.jsonl").unlink()
+    assert not (tmp_path / "c.jsonl.work").exists()
 
 
 def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
@@ -321,6 +417,24 @@ def test_what_was_prepared_trains(run, tmp_path):
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "template llama2: the records are of several kinds (alpaca, llama2)" in result.stdout
+
+
+def test_an_unknown_name_is_refused_before_any_data_is_read(run, capsys, tmp_path, tokenizer_file):
+    """The proof: the file to be read first is broken in its first line, and that is not what is complained of."""
+    (tmp_path / "bad.jsonl").write_text("nonsense")
+    for command in ("show", "stats", "prepare"):
+        assert "unknown template 'chatml'" in refused(run, capsys, command, "bad.jsonl", template="chatml", out="b.jsonl")
+        assert "dolphin is not here: download" in refused(run, capsys, command, "bad.jsonl", "dolphin", out="b.jsonl")
+    assert "alpaca is not here" in refused(run, capsys, "prepare", "bad.jsonl", against="alpaca", stages="mix", out="b.jsonl")
+    for flags, sentence in (
+        ({"template": "chatml"}, "unknown template 'chatml'"),
+        ({"data": ("bad.jsonl", "no_robots")}, "no_robots is not here: download"),
+        ({"eval_data": ("no_robots",)}, "no_robots is not here: download"),
+        ({"eval_data": ("absent.jsonl",)}, "absent.jsonl cannot be read: No such file"),
+        ({}, "bad.jsonl, line 1: not JSON"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            read_data(TrainConfig(**{"data": ("bad.jsonl",), "tokenizer": str(tokenizer_file)} | flags), print)
 
 
 def test_data_errors_of_reading_name_the_file_of_against(run, capsys, tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data import DATASETS, STAGES, TEMPLATES, DataConfig, parse_flags
+from data import STAGES, TEMPLATES, DataConfig, parse_flags
 from generate import GenerateConfig
+from preparing.readers import DATASETS
 from train import TrainConfig, complete
 
 REPOSITORY = Path(__file__).resolve().parent.parent

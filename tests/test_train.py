@@ -666,15 +666,15 @@ def test_a_users_mistake_gets_one_sentence_and_exit_code_2(base, more, message, 
 def test_a_run_on_cached_tokens_weights_and_a_template_of_ones_own(base, tmp_path, monkeypatch):
     """The second run finds the tokens of the first; the template travels in run.json to generate.py, its file gone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("data.CACHE_FROM", 1)
+    monkeypatch.setattr("preparing.cache.CACHE_FROM", 1)
     own = base / "mine.json"
     own.write_text('{"user": "Q: {user}", "assistant": "{assistant}"}')
     more = {"data": [f"{base / 'data.jsonl'}:2"], "template": str(own), "max_steps": 2, "eval_split": 0.2, "overwrite": True}
     first = [row["loss"] for row in run(base, **more) if "loss" in row]
     assert len(first) == 2
-    (cached,) = (tmp_path / "nanotune").iterdir()
-    assert json.loads((cached / "fates.json").read_text())["kept"] == 2 * 24  # of 30, 6 are held out
-    monkeypatch.setattr("data._write_tokens", None)
+    (fates,) = (tmp_path / "nanotune").glob("*/fates.json")
+    assert json.loads(fates.read_text())["kept"] == 2 * 24  # of 30, 6 are held out
+    monkeypatch.setattr("preparing.cache.write_tokens", None)
     assert [row["loss"] for row in run(base, **more) if "loss" in row] == first
     own.unlink()
     _, _, template = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
