@@ -360,8 +360,13 @@ class Workers:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            # A process that died is noticed by the others within ten minutes, if torchrun has not ended them before.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            # torchrun's store outlives the processes that --max-restarts begins anew and still holds the addresses of the dead:
+            # each attempt gets names of its own in it. A process that died is noticed within ten minutes at the latest.
+            timeout = timedelta(minutes=10)
+            store = next(dist.rendezvous("env://", timeout=timeout))[0]
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
 
     def sum(self, value: float) -> float:
         if self.world == 1:
