@@ -82,7 +82,7 @@ from model import (
     save_hf,
     to_hf,
 )
-from quant import QUANTIZERS, AdamW8bit
+from quant import QUANTIZERS, AdamW8bit, NF4Linear
 
 
 class RunError(ValueError):
@@ -139,6 +139,7 @@ class TrainConfig:
     # Several GPUs (torchrun --nproc_per_node N)
     fsdp: bool = False  # cut weights, gradients and optimizer over the processes, instead of a whole copy in each
     cpu_offload: bool = False  # with fsdp: they wait in the host's memory, and the optimizer works there
+    hsdp: int = 0  # with fsdp: a whole copy for every so many processes, such as a node's 8, and shards only among these
     # Saving and reporting
     output_dir: str | None = None  # folder of the run; runs/METHOD if not given
     save_steps: int = 100  # a checkpoint to resume from every so many steps; 0: none
@@ -151,7 +152,7 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
-        not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed"
+        not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed hsdp"
         for names, ok, need in (
             (counts, lambda x: x >= 1, "at least 1"),
             (not_negative, lambda x: x >= 0, "0 or more"),
@@ -167,10 +168,8 @@ class TrainConfig:
                 "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
                 "weights would overflow"
             )
-        if self.fsdp and (self.optim == "adamw_8bit" or self.dtype == "fp16"):
-            raise RunError("--fsdp takes --optim adamw, whose moments it shards, and --dtype bf16 or fp32")
-        if self.cpu_offload and not self.fsdp:
-            raise RunError("--cpu_offload is a part of --fsdp True")
+        if (self.cpu_offload or self.hsdp) and not self.fsdp:
+            raise RunError(f"--{'cpu_offload' if self.cpu_offload else 'hsdp'} is a part of --fsdp True")
         if self.optimizer_in_backward and (self.gradient_accumulation_steps > 1 or self.max_grad_norm or self.dtype == "fp16"):
             raise RunError(
                 "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "
@@ -191,7 +190,7 @@ class TrainConfig:
 
 
 # What may differ when a run is resumed: nothing that changes the losses.
-FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "save_steps", "save_total_limit", "logging_steps"}
+FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
 FREE_TO_CHANGE |= {"resume", "overwrite"}
 
 
@@ -259,7 +258,7 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
     shard(module): what cuts a block, and at last the model, into shards; each is whole on the device for that moment only."""
     full = config.method == "full"
     dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
-    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": QUANTIZERS[config.quantize]}
+    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": quantizer(config, sizes)}
     adapter = (config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora)
     torch.manual_seed(config.seed)  # every rank draws the same A
 
@@ -279,6 +278,15 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
     return model
 
 
+def quantizer(config: TrainConfig, sizes: ModelConfig | None):
+    """What makes a packed linear of a weight. Processes that load the same weights pack them together, each its part of every one
+    (one core takes 7 minutes for 7B); a rehearsal (sizes given) is alone."""
+    linear = QUANTIZERS[config.quantize]
+    if linear is not NF4Linear or sizes or not dist.is_initialized():
+        return linear
+    return type("NF4Linear", (NF4Linear,), {"among": (dist.get_rank(), dist.get_world_size(), dist.all_reduce)})
+
+
 def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
     """FSDP ("PyTorch FSDP", section 3; ZeRO, section 5.3): each process keeps 1/N of every block, of its gradients and of its
     optimizer state. A block is gathered for its forward, given back, gathered again for its backward; each then keeps the sum of
@@ -288,7 +296,10 @@ def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
     if workers.world == 1:
         raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
     dtype = computed_in(config, device)
-    options = {"mesh": init_device_mesh(device.type, (workers.world,))}
+    if config.hsdp and workers.world % config.hsdp:
+        raise RunError(f"--hsdp {config.hsdp}: {workers.world} processes are not whole groups of {config.hsdp}")
+    mesh = {"copies": workers.world // config.hsdp, "shards": config.hsdp} if config.hsdp else {"shards": workers.world}
+    options = {"mesh": init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))}
     if config.method == "full" and dtype != torch.float32:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if config.cpu_offload:
@@ -779,13 +790,19 @@ def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
 FORMAT = 1  # of a checkpoint's folder
 
 
+def own(weight: torch.Tensor, state: torch.Tensor) -> str:
+    """What names a rank's own state of a weight in shards: 8-bit moments, whose blocks of 256 are those of this very shard."""
+    alone = isinstance(weight, DTensor) and not isinstance(state, DTensor) and state.dim()
+    return f".{dist.get_rank()}of{dist.get_world_size()}" if alone else ""
+
+
 def tensors_of(model: Llama, optimizer=None) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, by name: the trained weights, and of the optimizer what belongs to each."""
     tensors = {f"weights.{name}": weight for name, weight in trained_weights(model).items()}
     if optimizer is not None:
         for name, weight in model.named_parameters():
             state = optimizer.state.get(weight, {}).items()
-            tensors |= {f"optimizer.{name}.{key}": x for key, x in state if isinstance(x, torch.Tensor)}
+            tensors |= {f"optimizer.{name}.{key}{own(weight, x)}": x for key, x in state if isinstance(x, torch.Tensor)}
     return tensors
 
 
@@ -846,8 +863,11 @@ def restore(folder: Path, model: Llama, optimizer, workers: Workers) -> None:
     """Give the model, and the optimizer if there is one, what the checkpoint holds; each rank reads its share."""
     if optimizer is not None:
         make_state(model, optimizer)
+    tensors, reader = tensors_of(model, optimizer), FileSystemReader(folder)
+    if tensors.keys() - reader.read_metadata().state_dict_metadata.keys():
+        raise RunError(f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp as before")
     with warnings.catch_warnings(action="ignore"):
-        dcp.load(tensors_of(model, optimizer), storage_reader=FileSystemReader(folder), no_dist=workers.world == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
 
 
 def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
@@ -1049,7 +1069,7 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     model.train()
     tokens, seconds = 0, 0.0
     with StopSignal() as stop:
-        if start == 0:
+        if not state:
             run_evaluation(0)
             if config.save_steps:  # a rehearsal in full size: what cannot be saved is found out now, not after two days
                 make_state(model, optimizer)
@@ -1194,7 +1214,7 @@ def begin_folder(config, folder: Path, rows, template_name: str, peak: float, to
 
 
 def main():
-    speaks = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", 0))
     try:
         train(
             complete(
@@ -1202,14 +1222,15 @@ def main():
             )
         )
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
-        if speaks:
-            print(f"train.py: {error}", file=sys.stderr)
+        if rank:
+            time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one
+        print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        if speaks:
+        if rank == 0:
             print(f"\ntrain.py: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
-        if speaks:
+        if rank == 0:
             print("\ntrain.py: stopped", file=sys.stderr)
         sys.exit(130)
     finally:
