@@ -398,22 +398,35 @@ def test_8_bit_moments_of_shards_give_nearly_the_run_of_one_and_resume_to_the_bi
     assert log_of(base / "two") == sharded
 
 
-def test_two_nodes_give_the_run_of_one(base):
-    """README's command, on two addresses of this machine: each node has its own torchrun, and they meet at the first's port."""
+def two_nodes(base, name, folders, **more) -> list[tuple[int, str]]:
+    """README's command, on two addresses of this machine: each node has its own torchrun, started in its folder, and they meet
+    at the first's port. Returns their exit codes and messages."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run(base, "one", gradient_accumulation_steps=2, max_steps=4, save_steps=0)
     nodes = []
-    for address in ("127.0.0.1", "127.0.0.2"):
+    for address, folder in zip(("127.0.0.1", "127.0.0.2"), folders, strict=True):
         meeting = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
         launcher = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--local_addr={address}")
-        words = command(base, "two", launcher=launcher, fsdp=True, max_steps=4, save_steps=0)
-        nodes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    for node in nodes:
-        _, message = node.communicate(timeout=120)
-        assert node.returncode == 0, message
+        words = command(base, name, launcher=launcher, fsdp=True, max_steps=4, **more)
+        nodes.append(subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    messages = [node.communicate(timeout=120)[1] for node in nodes]
+    return [(node.returncode, message) for node, message in zip(nodes, messages, strict=True)]
+
+
+def test_two_nodes_give_the_run_of_one(base):
+    run(base, "one", gradient_accumulation_steps=2, max_steps=4, save_steps=0)
+    for code, message in two_nodes(base, "two", (base, base), save_steps=0):
+        assert code == 0, message
     assert_same_run(base, "one", "two")
+
+
+def test_two_nodes_that_share_no_disk_are_told_so_at_the_rehearsed_save(base):
+    for name in ("a", "b"):
+        (base / name).mkdir()
+    (_, first), (_, second) = two_nodes(base, "two", (base / "a", base / "b"), output_dir="run")
+    assert "all nodes must share the disk of --output_dir" in first + second
+    assert not list(base.glob("*/run/checkpoint-*"))
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
