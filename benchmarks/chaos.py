@@ -1,6 +1,6 @@
 """A run that is killed with kill -9 at random moments, again and again, against one that nobody disturbs.
 
-    python benchmarks/chaos.py [--kills 50] [--processes 2] [--method lora] [--seed 0]
+    python benchmarks/chaos.py [--kills 50] [--steps 500] [--processes 2] [--method lora] [--seed 0]
 
 The embedded default is trained twice from the same seed; of several processes each holds a shard (--fsdp). The second run has one
 of them killed a random while after it began to step, at times in the middle of a save, and is started again with --resume, until
@@ -88,6 +88,7 @@ def main():
     parser = argparse.ArgumentParser(description="Kill a run at random moments and see that nothing is lost.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=500, help="of the run: enough that it does not end before its last kill")
     parser.add_argument("--method", default="lora")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
@@ -96,7 +97,7 @@ def main():
     if options.processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     common = "--device cpu --samples 0 --exact_match False --logging_steps 1 --save_steps 2".split()
-    common += ["--method", options.method, "--max_steps", str(10 * options.kills), "--fsdp", str(options.processes > 1)]
+    common += ["--method", options.method, "--max_steps", str(options.steps), "--fsdp", str(options.processes > 1)]
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, attempts = Path(folder) / "whole", Path(folder) / "killed", []
 
@@ -135,7 +136,7 @@ def main():
         same_log = log_of(whole) == log_of(killed)
         files = [path.name for path in whole.glob("*.safetensors")]
         same = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in files)
-        lost, doubled = lost_and_doubled(attempts[1:], options.processes, 10 * options.kills)
+        lost, doubled = lost_and_doubled(attempts[1:], options.processes, options.steps)
         print("\n| kills | saves cut through | steps done again | documents lost | seen twice | losses equal | weights equal |")
         print("|---|---|---|---|---|---|---|")
         print(f"| {kills} | {cut} | {again} | {lost} | {doubled} | {same_log} | {same} |")
