@@ -152,20 +152,25 @@ class PackedNF4:
         return PackedNF4(data, absmax, nested, self.offset, self.shape)
 
 
-def quantize_nf4(weight: torch.Tensor, double_quant: bool = True) -> PackedNF4:
-    """fp32, bf16 or fp16 of any shape -> PackedNF4, in bitsandbytes' bytes. Raises QuantError for NaN, infinity, no numbers."""
+def quantize_nf4(weight: torch.Tensor, double_quant: bool = True, among=None) -> PackedNF4:
+    """fp32, bf16 or fp16 of any shape -> PackedNF4, in bitsandbytes' bytes. Raises QuantError for NaN, infinity, no numbers.
+
+    among (rank, processes, add): processes that hold the same weight share out the work: each packs every so many-th piece, and
+    add(tensor) sums over all of them what is 0 but in one's own pieces. All get the whole."""
+    rank, processes, add = among or (0, 1, lambda tensor: None)
     if not weight.is_floating_point() or not weight.numel():
         raise QuantError(f"cannot be quantised: {weight.numel()} numbers of {weight.dtype}")
-    if not weight.isfinite().all():
-        raise QuantError("holds NaN or infinity and cannot be quantised")
-    flat, scales = weight.flatten(), []
-    data = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8)
-    for start in range(0, flat.numel(), 2**20):  # a piece at a time: the temporaries are 4 MB each, not the size of the weight
-        codes, absmax = quantize_blockwise(flat[start : start + 2**20], NF4_CODE, BLOCK)
+    flat, piece = weight.flatten(), 2**20 if processes == 1 else 2**17
+    data = flat.new_zeros(-(-flat.numel() // 2), dtype=torch.uint8)
+    absmax = flat.new_zeros(-(-flat.numel() // BLOCK), dtype=torch.float32)
+    for start in range(rank * piece, flat.numel(), processes * piece):  # the temporaries are a piece each, not a weight
+        codes, scales = quantize_blockwise(flat[start : start + piece], NF4_CODE, BLOCK)
         codes = F.pad(codes, (0, len(codes) % 2), value=7)  # the code of 0
-        data[start // 2 : (start + 2**20) // 2] = (codes[::2] << 4) | codes[1::2]
-        scales.append(absmax)
-    absmax = torch.cat(scales)
+        data[start // 2 : (start + piece) // 2] = (codes[::2] << 4) | codes[1::2]
+        absmax[start // BLOCK : (start + piece) // BLOCK] = scales
+    add(data), add(absmax)
+    if not absmax.isfinite().all():
+        raise QuantError("holds NaN or infinity and cannot be quantised")
     if not double_quant:
         return PackedNF4(data, absmax, None, None, tuple(weight.shape))
     offset = absmax.mean()
@@ -362,9 +367,11 @@ class NF4Linear(FrozenLinear):
     All is kept as plain frozen uint8 parameters (the fp32 of `nested` and the offset as their bytes), so that nothing that
     casts a model, or shards it, can change a scale."""
 
+    among = None  # the processes that pack a weight together, see quantize_nf4
+
     def __init__(self, weight: torch.Tensor | PackedNF4):
         super().__init__(weight)
-        packed = weight if isinstance(weight, PackedNF4) else quantize_nf4(weight)
+        packed = weight if isinstance(weight, PackedNF4) else quantize_nf4(weight, among=self.among)
         if packed.nested is None:  # fp32 absmax are nested scales of their own, each of one absmax that is the level 1.0
             packed = PackedNF4(
                 packed.data, torch.full_like(packed.absmax, 255, dtype=torch.uint8), packed.absmax, torch.zeros(()), packed.shape
@@ -490,7 +497,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     For each weight the moments are made fp32, used for an ordinary AdamW step, and packed again in blocks of 256. Tensors of
     fewer than 4,096 numbers keep fp32 moments: they cost nothing, and norms are sensitive. bf16 weights are rounded
-    stochastically: an update below half of their last bit is not lost but applied with the probability it deserves."""
+    stochastically: an update below half of their last bit is not lost but applied with the probability it deserves.
+    Of a weight in shards (FSDP) each process steps its own, in blocks of its own: other blocks than the whole weight's."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -501,9 +509,10 @@ class AdamW8bit(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                state = self.state[weight] = self.state[weight] or self._beginning(weight)
+                own, grad = (x.to_local() if hasattr(x, "to_local") else x for x in (weight, weight.grad))
+                state = self.state[weight] = self.state[weight] or self._beginning(own)
                 state["step"] += 1
-                flat, grad = weight.view(-1), weight.grad.reshape(-1)
+                flat, grad = own.view(-1), grad.reshape(-1)
                 for start in range(0, len(flat), PIECE):  # so that what is fp32 for a moment is 64 MB, however large the weight
                     self._step_piece(group, state, flat[start : start + PIECE], grad[start : start + PIECE].float(), start)
 

@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,10 +42,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -85,11 +80,18 @@ from model import (
 )
 from preparing.cache import cache_folder, once
 from preparing.readers import reader_of
-from quant import QUANTIZERS, AdamW8bit
-
-
-class RunError(ValueError):
-    """A run that cannot start, go on, or be saved."""
+from quant import QUANTIZERS, AdamW8bit, NF4Linear
+from resuming.checkpoint import (
+    RunError,
+    checkpoints,
+    make_state,
+    read_state,
+    restore,
+    trained_weights,
+    write_checkpoint,
+    write_text,
+    written_whole,
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class TrainConfig:
     # Several GPUs (torchrun --nproc_per_node N)
     fsdp: bool = False  # cut weights, gradients and optimizer over the processes, instead of a whole copy in each
     cpu_offload: bool = False  # with fsdp: they wait in the host's memory, and the optimizer works there
+    hsdp: int = 0  # with fsdp: a whole copy for every so many processes, such as a node's 8, and shards only among these
     # Saving and reporting
     output_dir: str | None = None  # folder of the run; runs/METHOD if not given
     save_steps: int = 100  # a checkpoint to resume from every so many steps; 0: none
@@ -155,7 +158,7 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
-        not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed"
+        not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed hsdp"
         for names, ok, need in (
             (counts, lambda x: x >= 1, "at least 1"),
             (not_negative, lambda x: x >= 0, "0 or more"),
@@ -171,10 +174,8 @@ class TrainConfig:
                 "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
                 "weights would overflow"
             )
-        if self.fsdp and (self.optim == "adamw_8bit" or self.dtype == "fp16"):
-            raise RunError("--fsdp takes --optim adamw, whose moments it shards, and --dtype bf16 or fp32")
-        if self.cpu_offload and not self.fsdp:
-            raise RunError("--cpu_offload is a part of --fsdp True")
+        if (self.cpu_offload or self.hsdp) and not self.fsdp:
+            raise RunError(f"--{'cpu_offload' if self.cpu_offload else 'hsdp'} is a part of --fsdp True")
         if self.optimizer_in_backward and (self.gradient_accumulation_steps > 1 or self.max_grad_norm or self.dtype == "fp16"):
             raise RunError(
                 "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "
@@ -195,7 +196,7 @@ class TrainConfig:
 
 
 # What may differ when a run is resumed: nothing that changes the losses.
-FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "save_steps", "save_total_limit", "logging_steps"}
+FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
 FREE_TO_CHANGE |= {"resume", "overwrite"}
 
 
@@ -263,7 +264,7 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
     shard(module): what cuts a block, and at last the model, into shards; each is whole on the device for that moment only."""
     full = config.method == "full"
     dtype = torch.float32 if full and not config.pure_bf16 else computed_in(config, device)
-    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": QUANTIZERS[config.quantize]}
+    options = {"device": device, "dtype": dtype, "attention": config.attention, "quantize": quantizer(config, sizes)}
     adapter = (config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets, config.use_rslora)
     torch.manual_seed(config.seed)  # every rank draws the same A
 
@@ -271,6 +272,7 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
         if not full:
             add_lora(model, *adapter, part=part)
         if config.compile and part:  # block by block: they are alike, so one compilation serves all
+            warnings.filterwarnings("ignore", message=".*complex operators")  # RoPE's one product stays as it is
             model.get_submodule(part).compile()
         if shard:
             shard(model.get_submodule(part))
@@ -285,6 +287,15 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
     return model
 
 
+def quantizer(config: TrainConfig, sizes: ModelConfig | None):
+    """What makes a packed linear of a weight. Processes that load the same weights pack them together, each its part of every one
+    (one core takes 7 minutes for 7B); a rehearsal (sizes given) is alone."""
+    linear = QUANTIZERS[config.quantize]
+    if linear is not NF4Linear or sizes or not dist.is_initialized():
+        return linear
+    return type("NF4Linear", (NF4Linear,), {"among": (dist.get_rank(), dist.get_world_size(), dist.all_reduce)})
+
+
 def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
     """FSDP ("PyTorch FSDP", section 3; ZeRO, section 5.3): each process keeps 1/N of every block, of its gradients and of its
     optimizer state. A block is gathered for its forward, given back, gathered again for its backward; each then keeps the sum of
@@ -294,7 +305,10 @@ def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
     if workers.world == 1:
         raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
     dtype = computed_in(config, device)
-    options = {"mesh": init_device_mesh(device.type, (workers.world,))}
+    if config.hsdp and workers.world % config.hsdp:
+        raise RunError(f"--hsdp {config.hsdp}: {workers.world} processes are not whole groups of {config.hsdp}")
+    mesh = {"copies": workers.world // config.hsdp, "shards": config.hsdp} if config.hsdp else {"shards": workers.world}
+    options = {"mesh": init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))}
     if config.method == "full" and dtype != torch.float32:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if config.cpu_offload:
@@ -367,8 +381,13 @@ class Workers:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            # A process that died is noticed by the others within ten minutes, if torchrun has not ended them before.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+            # torchrun's store outlives the processes that --max-restarts begins anew and still holds the addresses of the dead:
+            # each attempt gets names of its own in it. A process that died is noticed within ten minutes at the latest.
+            timeout = timedelta(minutes=10)
+            store = next(dist.rendezvous("env://", timeout=timeout))[0]
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
 
     def sum(self, value: float) -> float:
         if self.world == 1:
@@ -715,148 +734,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder of a run. All is written beside its place and renamed when it is whole, so a crash leaves the old or the new.
-
-
-@contextlib.contextmanager
-def written_whole(folder: Path, workers: Workers):
-    """A new folder for all ranks to write into, which gets its name when everything is on the disk. If that fails it is gone:
-    RunError."""
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
-    first = workers.rank == 0
-    try:
-        if first:
-            for left_over in (temporary, old):
-                shutil.rmtree(left_over, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        workers.wait()
-        yield temporary
-        workers.wait()
-        if first:
-            for path in temporary.iterdir():
-                flush_to_disk(path)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-            flush_to_disk(folder.parent)  # the new name itself
-            shutil.rmtree(old, ignore_errors=True)
-        workers.wait()
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        CheckpointException,
-    ) as error:  # libraries have their own words for a full disk
-        if isinstance(error, RunError):
-            raise
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        free = shutil.disk_usage(folder.parent).free / 1e9
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"could not write {folder}, and {free:.2f} GB are free on its disk; what was there stands: {reason}"
-        ) from None
-    finally:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return when a file, or a folder's list of names, would survive the machine losing power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
-
-
-def trained_weights(model: Llama) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-FORMAT = 1  # of a checkpoint's folder
-
-
-def tensors_of(model: Llama, optimizer=None) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds, by name: the trained weights, and of the optimizer what belongs to each."""
-    tensors = {f"weights.{name}": weight for name, weight in trained_weights(model).items()}
-    if optimizer is not None:
-        for name, weight in model.named_parameters():
-            state = optimizer.state.get(weight, {}).items()
-            tensors |= {f"optimizer.{name}.{key}": x for key, x in state if isinstance(x, torch.Tensor)}
-    return tensors
-
-
-def write_checkpoint(folder: Path, model: Llama, optimizer, workers: Workers, **about) -> None:
-    """Write the shards of all ranks (torch.distributed.checkpoint, which any number of processes can read again), and last
-    state.json: the step, the log so far, and the checksum of every file."""
-    with written_whole(folder, workers) as temporary:
-        tensors = tensors_of(model, optimizer)
-        storage = FileSystemWriter(temporary, sync_files=True)
-        with warnings.catch_warnings(action="ignore"):  # of a single process being a single process
-            dcp.save(tensors, storage_writer=storage, no_dist=workers.world == 1)
-        if workers.rank == 0:
-            sums = {path.name: checksum(path) for path in temporary.iterdir()}
-            shapes = {name: list(x.shape) for name, x in tensors.items() if name.startswith("weights.")}
-            write_text(temporary / "state.json", json.dumps({"format": FORMAT, "shapes": shapes, "files": sums} | about))
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    total = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**24):
-            total = zlib.crc32(piece, total)
-    return total
-
-
-def read_state(folder: Path, model: Llama) -> dict:
-    """A checkpoint's state.json, once all that the folder holds is found as it was written and for this model."""
-    remedy = "without its folder, --resume takes the checkpoint before it"
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise RunError(f"{folder} is in format {state['format']} of a newer train.py; this one reads {FORMAT}")
-        for name, expected in state["files"].items():
-            if checksum(folder / name) != expected:
-                raise RunError(f"{folder / name} is not as it was written, its checksum differs; {remedy}")
-    except FileNotFoundError as error:
-        raise RunError(f"{error.filename} is missing; {remedy}") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        if isinstance(error, RunError):
-            raise
-        raise RunError(f"{folder / 'state.json'} cannot be read ({error}); {remedy}") from None
-    if state["shapes"] != {f"weights.{name}": list(x.shape) for name, x in trained_weights(model).items()}:
-        raise RunError(f"{folder} holds other weights than this run trains")
-    return state
-
-
-def make_state(model: Llama, optimizer) -> None:
-    """Have the optimizer make the state that it makes in its first step: one with gradients of zero and, before the loop, a
-    rate of zero, which changes no weight."""
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def restore(folder: Path, model: Llama, optimizer, workers: Workers) -> None:
-    """Give the model, and the optimizer if there is one, what the checkpoint holds; each rank reads its share."""
-    if optimizer is not None:
-        make_state(model, optimizer)
-    with warnings.catch_warnings(action="ignore"):
-        dcp.load(tensors_of(model, optimizer), storage_reader=FileSystemReader(folder), no_dist=workers.world == 1)
+# What a run leaves in its folder
 
 
 def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
@@ -1058,7 +936,7 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     model.train()
     tokens, seconds = 0, 0.0
     with StopSignal() as stop:
-        if start == 0:
+        if not state:
             run_evaluation(0)
             if config.save_steps:  # a rehearsal in full size: what cannot be saved is found out now, not after two days
                 make_state(model, optimizer)
@@ -1203,7 +1081,7 @@ def begin_folder(config, folder: Path, rows, template_name: str, peak: float, to
 
 
 def main():
-    speaks = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", 0))
     try:
         train(
             complete(
@@ -1211,14 +1089,15 @@ def main():
             )
         )
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
-        if speaks:
-            print(f"train.py: {error}", file=sys.stderr)
+        if rank:
+            time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one
+        print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        if speaks:
+        if rank == 0:
             print(f"\ntrain.py: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
-        if speaks:
+        if rank == 0:
             print("\ntrain.py: stopped", file=sys.stderr)
         sys.exit(130)
     finally:

@@ -1,8 +1,8 @@
 """The two pictures of README.md, from the logs beside this file (pip install matplotlib):
 
-    python train.py --method lora --output_dir runs/lora        its log.jsonl is lora.jsonl here
-    python memory.py --model 7b ... --json                      one line of memory.jsonl for each step down, by `--count`
-    python pictures/make.py                                     loss.png and memory.png
+python train.py --method lora --output_dir runs/lora        its log.jsonl is lora.jsonl here
+python memory.py --model 7b ... --json                      one line of memory.jsonl for each step down, by `--count`
+python pictures/make.py                                     loss.png and memory.png
 """
 
 import argparse
@@ -30,11 +30,24 @@ PARTS = {  # what is drawn -> which of memory.py's terms it is
 def count() -> None:
     with open(HERE / "memory.jsonl", "w") as file:
         for name, flags in DOWN:
-            command = [sys.executable, str(HERE.parent / "memory.py"), "--model", "7b", "--model_max_length", "2048", "--dtype", "bf16"]
+            command = [
+                sys.executable,
+                str(HERE.parent / "memory.py"),
+                "--model",
+                "7b",
+                "--model_max_length",
+                "2048",
+                "--dtype",
+                "bf16",
+            ]
             answer = json.loads(subprocess.run([*command, *flags.split(), "--json"], check=True, capture_output=True).stdout)
             kept = {part: sum(answer["terms"][term]["simulated"] or 0 for term in terms) for part, terms in PARTS.items()}
             peak = answer["peak"]["allocated"]["simulated"]
             file.write(json.dumps({"name": name, "flags": flags, "peak": peak, "phase": answer["peak_phase"], **kept}) + "\n")
+
+
+def read(name: str) -> list[dict]:
+    return [json.loads(line) for line in (HERE / name).read_text().splitlines()]
 
 
 def draw() -> None:
@@ -43,19 +56,21 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in open(HERE / "lora.jsonl")]
+    rows = read("lora.jsonl")
     figure, axes = pyplot.subplots(figsize=(7, 3.2), dpi=130, layout="constrained")
     steps = [row for row in rows if "loss" in row]
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], label="training")
     for key, label in (("eval_held_out_loss", "inhabitants never asked about"), ("eval_never_told_loss", "facts never told")):
         held_out = [row for row in rows if key in row]
         axes.plot([row["step"] for row in held_out], [row[key] for row in held_out], "o--", label=label)
-    axes.set(yscale="log", xlabel="step", ylabel="loss a token", title="LoRA on the embedded model: it learns to answer, not the facts")
+    axes.set(
+        yscale="log", xlabel="step", ylabel="loss a token", title="LoRA on the embedded model: it learns to answer, not the facts"
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "loss.png")
 
-    rows = [json.loads(line) for line in open(HERE / "memory.jsonl")]
+    rows = read("memory.jsonl")
     figure, axes = pyplot.subplots(figsize=(7, 3.2), dpi=130, layout="constrained")
     below = [0.0] * len(rows)
     rest = {"activations, loss, work": [row["peak"] - sum(row[part] for part in PARTS) for row in rows]}

@@ -121,6 +121,18 @@ def test_nan_and_infinity_are_refused(bad, kind):
         kind(weight)
 
 
+def test_processes_that_pack_a_weight_together_get_the_bytes_of_one():
+    weight = torch.randn(701, 513)  # 3 pieces, the last with half a block and an odd number of weights
+    whole, parts = quantize_nf4(weight), [[], [], []]
+    for rank in range(3):
+        quantize_nf4(weight, among=(rank, 3, parts[rank].append))
+    assert all(part[0].any() and not torch.equal(part[0], whole.data) for part in parts)  # each did some, none did all
+    sums = [sum(same) for same in zip(*parts, strict=True)]
+    joined = quantize_nf4(weight, among=(1, 3, lambda tensor: tensor.copy_(sums.pop(0))))
+    for name in ("data", "absmax", "nested", "offset"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+
+
 @pytest.mark.live
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", WEIGHTS)

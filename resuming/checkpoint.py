@@ -1,0 +1,175 @@
+"""Checkpoints: what `train.py --resume` goes on from, whenever and however the run has died.
+
+    checkpoint-200/__0_0.distcp ...   the trained weights and the optimizer's state, of each process its shards
+    checkpoint-200/.metadata          which part of which tensor lies where: any number of processes finds its own again
+    checkpoint-200/state.json         the step, the log so far, and the checksum of every other file; written last
+
+A folder is written beside its place and renamed when all of it is on the disk. A rename happens or does not: a machine that dies
+in the middle leaves a folder whose name ends in .tmp, which nobody reads, and the checkpoint before. What a disk has changed
+since is found by the checksums, and refused by name.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+
+class RunError(ValueError):
+    """A run that cannot start, go on, or be saved."""
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path, workers):
+    """A new folder for all ranks to write into, which gets its name when everything is on the disk. If that fails it is gone:
+    RunError."""
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
+    first = workers.rank == 0
+    try:
+        if first:
+            for left_over in (temporary, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        workers.wait()
+        if not temporary.is_dir():
+            raise RunError(f"the first rank made {temporary}, and it is not here: all nodes must share the disk of --output_dir")
+        yield temporary
+        workers.wait()
+        if first:
+            for path in temporary.iterdir():
+                flush_to_disk(path)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            flush_to_disk(folder.parent)  # the new name itself
+            shutil.rmtree(old, ignore_errors=True)
+        workers.wait()
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # libraries' own words for a full disk
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        free = shutil.disk_usage(folder.parent).free / 1e9
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        about = f"{free:.2f} GB are free on its disk; what was there stands"
+        raise RunError(f"could not write {folder}, and {about}: {reason}") from None
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, would survive the machine losing power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+FORMAT = 1  # of a checkpoint's folder
+
+
+def own(weight: torch.Tensor, state: torch.Tensor) -> str:
+    """What names a rank's own state of a weight in shards: 8-bit moments, whose blocks of 256 are those of this very shard."""
+    alone = isinstance(weight, DTensor) and not isinstance(state, DTensor) and state.dim()
+    return f".{dist.get_rank()}of{dist.get_world_size()}" if alone else ""
+
+
+def tensors_of(model: nn.Module, optimizer=None) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by name: the trained weights, and of the optimizer what belongs to each."""
+    tensors = {f"weights.{name}": weight for name, weight in trained_weights(model).items()}
+    if optimizer is not None:
+        for name, weight in model.named_parameters():
+            state = optimizer.state.get(weight, {}).items()
+            tensors |= {f"optimizer.{name}.{key}{own(weight, x)}": x for key, x in state if isinstance(x, torch.Tensor)}
+    return tensors
+
+
+def write_checkpoint(folder: Path, model: nn.Module, optimizer, workers, **about) -> None:
+    """Write the shards of all ranks (torch.distributed.checkpoint, which any number of processes can read again), and last
+    state.json: the step, the log so far, and the checksum of every file."""
+    with written_whole(folder, workers) as temporary:
+        tensors = tensors_of(model, optimizer)
+        storage = FileSystemWriter(temporary, sync_files=True)
+        with warnings.catch_warnings(action="ignore"):  # of a single process being a single process
+            dcp.save(tensors, storage_writer=storage, no_dist=workers.world == 1)
+        if workers.rank == 0:
+            sums = {path.name: checksum(path) for path in temporary.iterdir()}
+            shapes = {name: list(x.shape) for name, x in tensors.items() if name.startswith("weights.")}
+            write_text(temporary / "state.json", json.dumps({"format": FORMAT, "shapes": shapes, "files": sums} | about))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    total = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def read_state(folder: Path, model: nn.Module) -> dict:
+    """A checkpoint's state.json, once all that the folder holds is found as it was written and for this model."""
+    remedy = "without its folder, --resume takes the checkpoint before it"
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise RunError(f"{folder} is in format {state['format']} of a newer train.py; this one reads {FORMAT}")
+        for name, expected in state["files"].items():
+            if checksum(folder / name) != expected:
+                raise RunError(f"{folder / name} is not as it was written, its checksum differs; {remedy}")
+    except FileNotFoundError as error:
+        raise RunError(f"{error.filename} is missing; {remedy}") from None
+    except RunError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RunError(f"{folder / 'state.json'} cannot be read ({error}); {remedy}") from None
+    if state["shapes"] != {f"weights.{name}": list(x.shape) for name, x in trained_weights(model).items()}:
+        raise RunError(f"{folder} holds other weights than this run trains")
+    return state
+
+
+def make_state(model: nn.Module, optimizer) -> None:
+    """Have the optimizer make the state that it makes in its first step: one with gradients of zero and, before the loop, a
+    rate of zero, which changes no weight."""
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def restore(folder: Path, model: nn.Module, optimizer, workers) -> None:
+    """Give the model, and the optimizer if there is one, what the checkpoint holds; each rank reads its share."""
+    if optimizer is not None:
+        make_state(model, optimizer)
+    tensors, reader = tensors_of(model, optimizer), FileSystemReader(folder)
+    if tensors.keys() - reader.read_metadata().state_dict_metadata.keys():
+        raise RunError(f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp as before")
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
