@@ -771,7 +771,8 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None) -
     kinds = typing.get_type_hints(config_class)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     group = parser
-    for line in inspect.getsource(config_class).splitlines():
+    classes = [kind for kind in config_class.__mro__ if dataclasses.is_dataclass(kind)]  # its own fields, then those it inherits
+    for line in "".join(map(inspect.getsource, classes)).splitlines():
         if title := re.match(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         elif (flag := re.match(r"    (\w+): [^#]*(?:# (.*))?", line)) and flag[1] in kinds:

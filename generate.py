@@ -15,10 +15,12 @@ The folder of a run knows its base model, tokenizer and prompt template: what wa
 
 import json
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +37,37 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class Sampling:
+    # How tokens are chosen
+    max_new_tokens: int = 256  # the answer is cut here if no end token came
+    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
+    top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
+    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
+    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely
+    seed: int = 0  # the same seed gives the same answer
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts, as well as those of the template
+
+    def __post_init__(self):
+        for name, ok, need in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("stop", all(self.stop), "texts that are not empty"),
+        ):
+            if not ok:
+                raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
+            raise DataError(
+                "--top_k, --top_p and --min_p choose among likely tokens, --temperature 0 always takes the likeliest: raise it"
+            )
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Sampling):
     # What answers
     model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
     adapter: str | None = None  # folder of a LoRA run, or of any PEFT adapter
@@ -49,26 +81,9 @@ class GenerateConfig:
     system: str | None = None  # a system message before it
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
-    # How tokens are chosen
-    max_new_tokens: int = 256  # the answer is cut here if no end token came
-    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
-    top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
-    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
-    seed: int = 0  # the same seed gives the same answer
 
     def __post_init__(self):
-        for name, ok, need in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not ok:
-                raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise DataError(
-                "--top_k and --top_p choose among likely tokens, and --temperature 0 always takes the likeliest: raise it"
-            )
+        super().__post_init__()
         if self.save and (self.adapter or self.merge):
             raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
         if self.save and self.quantize == "int8":
@@ -95,46 +110,89 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
-    """Choose a token from logits (V,). Top-p is "The Curious Case of Neural Text Degeneration", section 3.1."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probs, ids = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
-    if top_k:
-        probs[top_k:] = 0
-    if top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
-        probs[probs.cumsum(0) - probs >= top_p * probs.sum()] = 0
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,).
+
+    seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
+    where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
+    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        by = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits / sampling.temperature, None
+    if sampling.top_k or sampling.top_p < 1:
+        logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    # Laid end to end the probabilities make a line; the token is the one on whose stretch the draw falls.
+    line = probs.cumsum(-1)
+    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:])
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
 @torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
-def generate(model: Llama, prompt_tokens, max_new_tokens, *, temperature=0.0, top_k=0, top_p=1.0, generator=None, stop_ids=()):
-    """Yield up to max_new_tokens token ids that continue prompt_tokens (a list of ids), ending before any of stop_ids.
+def generate_batch(model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), finished: set | None = None):
+    """Continue several prompts (lists of token ids) together: yield (index of the prompt, token id) as the tokens come.
 
-    Raises DataError if the prompt alone fills the model's window; an answer that would pass it ends there."""
-    window = model.config.max_seq_len
-    if len(prompt_tokens) >= window:
-        raise DataError(
-            f"the prompt has {len(prompt_tokens)} tokens and the model's window {window}: nothing is left for an answer"
-        )
-    length = min(len(prompt_tokens) + max_new_tokens, window)
-    device = model.device
-    cache = KVCache(model.config, length, device, model.norm.weight.dtype)
-    tokens = torch.tensor(prompt_tokens, device=device)
-    for _ in range(length - len(prompt_tokens)):
-        token = sample(model(tokens, cache=cache)[0], temperature, top_k, top_p, generator)
-        if token in stop_ids:
+    A sequence ends before any of stop_tokens, after sampling.max_new_tokens, at the end of the model's window, or when the
+    caller puts its index into `finished`; there the indices are found of those that ended. What is said in one sequence does
+    not depend on the others: its draws come from (seed, index).
+    Raises DataError if a prompt is empty, or fills the model's window alone."""
+    window, finished = model.config.max_seq_len, set() if finished is None else finished
+    for prompt in prompts:
+        if not prompt:
+            raise DataError("the prompt has no tokens: there is nothing to continue")
+        if len(prompt) >= window:
+            raise DataError(f"the prompt has {len(prompt)} tokens and the model's window {window}: nothing is left for an answer")
+    device, limits = model.device, [min(len(prompt) + sampling.max_new_tokens, window) - len(prompt) for prompt in prompts]
+    random_numbers = [random.Random(f"{sampling.seed} {index}") for index in range(len(prompts))]
+    draws = torch.tensor([[1 - numbers.random() for _ in range(max(limits))] for numbers in random_numbers], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    cache = KVCache(model.config, longest, device, model.norm.weight.dtype, len(prompts))
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    borders = torch.tensor([0, *accumulate(len(prompt) for prompt in prompts)], dtype=torch.int32, device=device)
+    active = list(range(len(prompts)))  # whose sequence each row of the cache is
+    for step in range(max(limits)):
+        tokens = sample(model(tokens, borders, cache=cache), sampling, draws[active, step], seen[active])
+        seen[active, tokens] = True
+        for index, token in zip(list(active), tokens.tolist(), strict=True):
+            if token in stop_tokens:
+                finished.add(index)
+            elif index not in finished:
+                yield index, token
+                if step + 1 == limits[index]:
+                    finished.add(index)
+        for row in reversed(range(len(active))):
+            if active[row] in finished:
+                cache.drop(row)
+                active[row], tokens[row] = active[-1], tokens[-1]
+                active, tokens = active[:-1], tokens[:-1]
+        if not active:
             return
+        borders = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
+
+
+def generate(model: Llama, prompt_tokens, sampling: Sampling, *, stop_tokens=()):
+    """Yield the token ids that continue prompt_tokens (a list of ids); see generate_batch, whose sequence 0 this is."""
+    for _, token in generate_batch(model, [list(prompt_tokens)], sampling, stop_tokens=stop_tokens):
         yield token
-        tokens = torch.tensor([token], device=device)
 
 
-def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+def text_stream(tokenizer: Tokenizer, tokens, stop: tuple[str, ...] = ()):
     """Yield the text of a stream of tokens, piece by piece, ending before the first of the `stop` strings.
 
     Text is held back while it may still change: a character whose bytes are not all there, or the beginning of a stop string."""
     ids, shown, text = [], 0, ""
-    for token in token_stream:
+    for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
         ends = [text.find(s) for s in stop if s in text]
@@ -150,11 +208,11 @@ def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
     yield text[shown:].rstrip("\ufffd")  # an answer that was cut inside a character ends before it
 
 
-def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], max_new_tokens: int, **sampling):
+def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], sampling: Sampling):
     """Yield the text of the reply to a dialog that ends on a user's turn."""
     prompt, _ = encode_dialog(dialog, tokenizer, template)
-    tokens = generate(model, prompt, max_new_tokens, stop_ids=(tokenizer.eos_id,), **sampling)
-    return stream_text(tokens, tokenizer, template.stop)
+    tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
+    return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
 
 
 def read_json(path: Path) -> dict:
@@ -243,20 +301,10 @@ def main():
         if config.system:
             dialog.insert(0, {"role": "system", "content": config.system})
         prompt, _ = encode_dialog(dialog, tokenizer, template)
-        generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
         started, written = time.perf_counter(), []
-        tokens = generate(
-            model,
-            prompt,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=generator,
-            stop_ids=(tokenizer.eos_id,),
-        )
+        tokens = generate(model, prompt, config, stop_tokens=(tokenizer.eos_id,))
         counted = (written.append(token) or token for token in tokens)
-        for text in stream_text(counted, tokenizer, template.stop):
+        for text in text_stream(tokenizer, counted, (*template.stop, *config.stop)):
             print(text, end="", flush=True)
         seconds = time.perf_counter() - started
         print()

@@ -179,14 +179,8 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cached is None:
-            out = attention_over_documents(q, k, v, cu_seqlens, self.method)
-        else:
-            keys, values, start = cached  # this layer's rooms in the cache, and how many tokens it already holds
-            end = start + len(x)
-            keys[start:end], values[start:end] = k, v
-            q, k, v = q.transpose(0, 1), keys[:end].transpose(0, 1), values[:end].transpose(0, 1)
-            out = attention_over_keys(q, k, v, self.method).transpose(0, 1)
+        attend = attention_over_documents if cached is None else cached
+        out = attend(q, k, v, cu_seqlens, self.method)
         return self.wo(out.flatten(-2))  # (T, C)
 
 
@@ -219,13 +213,45 @@ class Block(nn.Module):
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one pass of one token.
 
-    Two tensors (n_layers, max_len, K, D): 7B in 16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token."""
+    Room for `sequences` of up to max_len tokens each, B of them in use, of any lengths. Two tensors
+    (n_layers, sequences, K, max_len, D): 7B in 16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token."""
 
-    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype):
-        shape = (config.n_layers, max_len, config.n_kv_heads, config.head_dim)
+    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1):
+        shape = (config.n_layers, sequences, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self.longest = 0  # of the lengths, known without asking the device
+
+    def drop(self, row: int) -> None:
+        """Forget a sequence. The last one takes its place."""
+        for part in (self.keys, self.values):
+            part[:, row] = part[:, len(self.lengths) - 1]
+        self.lengths[row] = self.lengths[-1]
+        self.lengths = self.lengths[:-1]
+        self.longest = int(self.lengths.max()) if len(self.lengths) else 0
+
+    def attend(self, layer: int, q, k, v, cu_seqlens, method: str) -> torch.Tensor:
+        """Keep the keys and values (T, K, D) of new tokens, and let their queries (T, H, D) look at all of their sequences."""
+        keys, values, count = self.keys[layer], self.values[layer], len(cu_seqlens) - 1
+        if (
+            len(q) == count
+        ):  # decoding: one token of each. The queries that share a key and value head stand as rows of one matrix
+            rows, span = torch.arange(count, device=q.device), self.longest + 1
+            keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+            mask = (torch.arange(span, device=q.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, span)
+            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D)
+            k, v = keys[:count, :, :span], values[:count, :, :span]
+            out = textbook_attention(q, k, v, mask) if method == "textbook" else F.scaled_dot_product_attention(q, k, v, mask)
+            return out.flatten(1, 2)  # (B, H, D)
+        out = []
+        for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            held = int(self.lengths[row])
+            total = held + end - start
+            keys[row, :, held:total], values[row, :, held:total] = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+            seen = q[start:end].transpose(0, 1), keys[row, :, :total], values[row, :, :total]
+            out.append(attention_over_keys(*seen, method).transpose(0, 1))
+        return torch.cat(out)
 
 
 class Llama(nn.Module):
@@ -258,13 +284,14 @@ class Llama(nn.Module):
         tokens (T,) int64; cu_seqlens (documents + 1,) int32, the documents' borders from 0 to T (none given: one document);
         labels (T,) int64, the token to predict at each position, or -100 for none.
         Returns with labels the summed cross-entropy over the labelled positions (fp32 scalar), else the logits (T, V).
-        With a cache the tokens continue what it holds, and only the last token's logits (1, V) are computed."""
-        start = cache.length if cache else 0
-        positions = torch.arange(start, start + len(tokens), device=tokens.device)
+        With a cache document b continues the cache's sequence b, and only the logits (B, V) of their last tokens are computed."""
+        positions = torch.arange(len(tokens), device=tokens.device)
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
-        else:  # count from the border each token's document begins at
-            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+        document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        positions = positions - cu_seqlens[document]  # counted from the border each token's document begins at
+        if cache:
+            positions = positions + cache.lengths[document]
         cos, sin = rope_table(positions, self.config)
 
         x = self.tok_embeddings(tokens)  # (T, C)
@@ -273,10 +300,11 @@ class Llama(nn.Module):
                 # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, (cache.keys[i], cache.values[i], start) if cache else None)
+                x = layer(x, cos, sin, cu_seqlens, partial(cache.attend, i) if cache else None)
         if cache:
-            cache.length += len(tokens)
-            x = x[-1:]
+            cache.lengths += cu_seqlens.diff()
+            cache.longest = int(cache.lengths.max())
+            x = x[cu_seqlens[1:] - 1]
         x = self.norm(x)
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)
 

@@ -67,7 +67,7 @@ from data import (
     parse_input,
     read_records,
 )
-from generate import DTYPES, TINY, answer, pick_device, pick_dtype
+from generate import DTYPES, TINY, Sampling, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
 from memory import GPU, Tracker, explain_out_of_memory, predict
 from model import (
@@ -664,7 +664,8 @@ class Exam:
         replies = []
         for dialog in self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]:
             limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
-            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], limit)).strip())
+            how = Sampling(max_new_tokens=limit)
+            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], how)).strip())
         self.model.train()
         return replies if self.together else self.workers.gather(replies)
 

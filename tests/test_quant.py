@@ -13,7 +13,7 @@ from torch import nn
 import generate as generate_script
 import quant as quant_module
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
-from generate import GenerateConfig, load
+from generate import GenerateConfig, Sampling, generate, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
 from model import CheckpointError, load_model, save_hf, save_meta, to_hf
 from quant import (
@@ -366,7 +366,7 @@ def test_a_trained_model_packed_here_says_the_same_in_transformers(tmp_path):
     for line in (REPOSITORY / "tiny" / "held_out.jsonl").read_text().splitlines()[:8]:
         prompt = [1, *tokenizer.encode(json.loads(line)["messages"][0]["content"].split("?")[0])]
         said = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert list(generate_script.generate(model, prompt, 24)) == said[0, len(prompt) :].tolist()
+        assert list(generate(model, prompt, Sampling(max_new_tokens=24))) == said[0, len(prompt) :].tolist()
 
 
 @pytest.mark.live
