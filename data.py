@@ -275,11 +275,12 @@ def read_dialogs(path, source: str | None = None, target: str | None = None, sys
         yield record.dialog
 
 
-def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None):
+def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None, parse=None):
     """Yield the Records of a JSONL, JSON, CSV, parquet or text file, in order; all but JSON are streamed, .gz is unpacked.
 
     A record is recognised by its fields (dialog_of lists them). `source` and `target` name two other fields for prompt and
     reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
+    parse, if given, makes the dialog in the place of dialog_of.
     A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
     goes on. A file that cannot be read to its end raises in any case."""
     path = Path(path)
@@ -300,7 +301,7 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
         for where, found in readers[ending](path):
             empty = False
             try:
-                kind, dialog = dialog_of(found, source, target, system)
+                kind, dialog = (parse or dialog_of)(found, source, target, system)
                 for message in dialog:
                     "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
             except (DataError, UnicodeEncodeError) as error:
@@ -795,7 +796,7 @@ def _flag_kind(kind) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "NAME", "type": str}
+        return {"nargs": "+", "action": "extend", "metavar": "NAME", "type": str}  # --adapter a b, or --adapter a --adapter b
     if kind is bool:  # --resume, --resume True and --resume False
         return {"nargs": "?", "const": True, "metavar": "True|False", "type": _true_or_false}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}

@@ -6,6 +6,7 @@
 Without the cache token n would cost n passes' worth of work; with it each costs one. At batch 1 a pass reads every weight
 once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 GB for 7B in 16 bits.
 
+    python generate.py --adapter runs/lora                                   a chat in the terminal; with --web in the browser
     python generate.py --adapter runs/lora --prompt "Which animal does Pena Marmond keep?"
     python generate.py --adapter runs/lora --merge merged          a plain Hugging Face model, adapter included
     python generate.py --model llama-2-7b --quantize nf4 --save nf4          the same model in 4 bits, in bitsandbytes' layout
@@ -13,16 +14,16 @@ once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 G
 The folder of a run knows its base model, tokenizer and prompt template: what was trained with is what is asked with.
 """
 
+import copy
 import json
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -70,21 +71,50 @@ class Sampling:
 class GenerateConfig(Sampling):
     # What answers
     model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
-    adapter: str | None = None  # folder of a LoRA run, or of any PEFT adapter
+    adapter: tuple[str, ...] = ()  # folder of a LoRA run, or of any PEFT adapter; of several the base and each answer
+    compare: bool = False  # the base answers too, beside its adapter
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
     template: str | None = None  # how the prompt is written out: a name or a JSON file; the run's own if not given
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
     quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
-    # What is asked
+    # What is asked; nothing given: a chat in the terminal
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
+    prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
+    out: str | None = None  # the JSONL file for the answers to --prompts; those that are there already are not made again
+    batch_size: int = 8  # so many prompts of the file are answered together
+    samples: int = 1  # answers to each prompt, with other random numbers each
+    web: bool = False  # a chat in the browser
+    port: int = 7860  # of the page
+    host: str = "127.0.0.1"  # who can open the page: this machine alone; 0.0.0.0: whoever can reach it
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
 
     def __post_init__(self):
         super().__post_init__()
-        if self.save and (self.adapter or self.merge):
+        given = {name for name, default in GenerateConfig.__dataclass_fields__.items() if getattr(self, name) != default.default}
+        doing = [name for name in ("prompt", "prompts", "web", "merge", "save") if name in given]
+        if len(doing) > 1:
+            raise DataError(f"--{doing[0]} and --{doing[1]} are two things to do: give one of them")
+        needed = {"prompts": "out", "out": "prompts", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
+        for name, need in needed.items():
+            if name in given and need not in given:
+                raise DataError(f"--{name} needs --{need}")
+        for name, ok, need in (
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("port", 0 < self.port < 65536, "from 1 to 65535"),
+        ):
+            if not ok:
+                raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
+        if self.samples > 1 and (self.temperature == 0 or not {"prompt", "prompts"} & given):
+            raise DataError(
+                "--samples needs --prompt or --prompts, and a --temperature above 0, or all answers would be the same"
+            )
+        if self.merge and (self.compare or len(self.adapter) > 1):
+            raise DataError("--merge takes one adapter")
+        if self.save and self.adapter:
             raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
         if self.save and self.quantize == "int8":
             raise DataError("--save has no layout for int8: take --quantize nf4, or none")
@@ -137,12 +167,14 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: 
 
 
 @torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
-def generate_batch(model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), finished: set | None = None):
+def generate_batch(
+    model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), streams=None, finished: set | None = None
+):
     """Continue several prompts (lists of token ids) together: yield (index of the prompt, token id) as the tokens come.
 
     A sequence ends before any of stop_tokens, after sampling.max_new_tokens, at the end of the model's window, or when the
     caller puts its index into `finished`; there the indices are found of those that ended. What is said in one sequence does
-    not depend on the others: its draws come from (seed, index).
+    not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names a stream for each.
     Raises DataError if a prompt is empty, or fills the model's window alone."""
     window, finished = model.config.max_seq_len, set() if finished is None else finished
     for prompt in prompts:
@@ -151,7 +183,8 @@ def generate_batch(model: Llama, prompts: list[list[int]], sampling: Sampling, *
         if len(prompt) >= window:
             raise DataError(f"the prompt has {len(prompt)} tokens and the model's window {window}: nothing is left for an answer")
     device, limits = model.device, [min(len(prompt) + sampling.max_new_tokens, window) - len(prompt) for prompt in prompts]
-    random_numbers = [random.Random(f"{sampling.seed} {index}") for index in range(len(prompts))]
+    streams = range(len(prompts)) if streams is None else streams
+    random_numbers = [random.Random(f"{sampling.seed} {stream}") for stream in streams]
     draws = torch.tensor([[1 - numbers.random() for _ in range(max(limits))] for numbers in random_numbers], device=device)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, prompts, strict=True):
@@ -223,37 +256,74 @@ def read_json(path: Path) -> dict:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
 
 
+class Voice(NamedTuple):
+    """Who answers: a model, and what it takes to ask it as it was trained."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    template: Template
+
+
 def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
-    """The model, tokenizer and template that the flags and the run's own run.json name."""
-    run_folder = Path(config.adapter or config.model or TINY)
-    if config.adapter and not (run_folder / "adapter_config.json").is_file():
-        if (run_folder / "config.json").is_file():
-            raise DataError(f"{run_folder} holds a whole model, not an adapter: pass it as --model")
-        raise DataError(f"no adapter in {run_folder}: adapter_config.json is missing")
-    if not config.adapter and (run_folder / "adapter_config.json").is_file():
-        raise DataError(f"{run_folder} holds an adapter, not a whole model: pass it as --adapter")
-    run, base = read_json(run_folder / "run.json"), config.model
-    if base is None and config.adapter:
-        base = run.get("base_model") or read_json(run_folder / "adapter_config.json").get("base_model_name_or_path")
+    """The model that the flags name, with its adapter, and its tokenizer and template."""
+    return load_voices(config)[-1][1:]
+
+
+def load_voices(config: GenerateConfig) -> list[Voice]:
+    """The models that the flags name, asked as their run.json says: the base, or its adapter, or the base and its adapters.
+
+    The base's weights are read once and lie in memory once, however many adapters stand on them."""
+    runs = [_find(config, Path(adapter)) for adapter in config.adapter] or [_find(config, None)]
+    base, quantize, tokenizer, template = runs[0]
+    for adapter, run in zip(config.adapter, runs, strict=False):
+        if (run[0].resolve(), run[1]) != (base.resolve(), quantize):
+            raise DataError(
+                f"{config.adapter[0]} was trained on {base} ({quantize}), {adapter} on {run[0]} ({run[1]}): "
+                "adapters are compared on one base, that --model and --quantize name"
+            )
+    device = pick_device(config.device)
+    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize]).eval()
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
+    for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):
+        twin = copy.deepcopy(model, dict(shared))  # modules of its own, the same weights in them
+        load_adapter(twin, adapter, partial(from_hf, config=model.config)).eval()
+        voices.append(Voice(adapter, twin, tokenizer, template))
+    for voice in voices:
+        if voice.tokenizer.vocab_size > model.config.vocab_size:
+            pieces, known = voice.tokenizer.vocab_size, model.config.vocab_size
+            raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
+    return voices if config.compare or config.web or len(voices) > 2 else voices[-1:]
+
+
+def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Tokenizer, Template]:
+    """The folder of the base, its quantisation, tokenizer and template, as the flags or the run's own run.json say."""
+    folder = adapter or Path(config.model or TINY)
+    run, base = read_json(folder / "run.json"), config.model
+    whole, adapted = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    if run and not whole and not adapted:
+        raise DataError(f"the run in {folder} is not finished: train.py --resume True --output_dir {folder} goes on with it")
+    if adapter and not adapted:
+        if whole:
+            raise DataError(f"{folder} holds a whole model, not an adapter: pass it as --model")
+        raise DataError(f"no adapter in {folder}: adapter_config.json is missing")
+    if not adapter and adapted:
+        raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
+    if base is None and adapter:
+        base = run.get("base_model") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base:
-            raise DataError(f"the adapter in {run_folder} does not say which model it is for: name that with --model")
+            raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
         if not Path(base).is_dir():
-            raise DataError(f"the adapter in {run_folder} was trained on {base}, which is not here: name its place with --model")
+            raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
     base = Path(base or TINY)
     read_config(base)  # says so if there is no model
-
-    device = pick_device(config.device)
-    folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
-    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    if run and not (config.template or run.get("template")):
+        raise DataError(f"{folder / 'run.json'} does not say which template was trained: name it with --template")
     template, _ = load_template(config.template or run.get("template", "llama2"))
-    quantize = config.quantize or run.get("settings", {}).get("quantize", "none")
-    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize])
-    pieces, known = tokenizer.vocab_size, model.config.vocab_size
-    if pieces > known:
-        raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
-    if config.adapter:
-        load_adapter(model, config.adapter, partial(from_hf, config=model.config))
-    return model.eval(), tokenizer, template
+    folders = [place for place in (folder, base) if (place / "tokenizer.model").is_file()]
+    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
 
 
 @torch.inference_mode()
@@ -282,33 +352,28 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main():
     try:
-        config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if not config.prompt and not config.merge and not config.save:
-            raise DataError('nothing to answer: pass --prompt "..."')
+        given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
+        config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
         for flag in ("merge", "save"):
             if getattr(config, flag) and Path(getattr(config, flag)).exists():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
-        model, tokenizer, template = load(config)
+        voices = load_voices(config)
         if config.merge:
-            difference = save_merged(model, tokenizer, Path(config.merge))
+            difference = save_merged(*voices[-1][1:3], Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
-            return
-        if config.save:
-            save_folder(model, tokenizer, Path(config.save))
+        elif config.save:
+            save_folder(*voices[-1][1:3], Path(config.save))
             print(f"saved in {config.save}")
-            return
-        dialog = [{"role": "user", "content": config.prompt}]
-        if config.system:
-            dialog.insert(0, {"role": "system", "content": config.system})
-        prompt, _ = encode_dialog(dialog, tokenizer, template)
-        started, written = time.perf_counter(), []
-        tokens = generate(model, prompt, config, stop_tokens=(tokenizer.eos_id,))
-        counted = (written.append(token) or token for token in tokens)
-        for text in text_stream(tokenizer, counted, (*template.stop, *config.stop)):
-            print(text, end="", flush=True)
-        seconds = time.perf_counter() - started
-        print()
-        print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+        elif config.web:
+            from talking.web import serve  # here, as it imports this file
+
+            serve(voices, config)
+        else:
+            from talking import chat
+
+            (chat.answer_file if config.prompts else chat.ask if config.prompt else chat.chat)(voices, config)
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
     except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -317,4 +382,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import generate  # the module that talking/ imports, not a second copy of it
+
+    generate.main()

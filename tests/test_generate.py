@@ -385,7 +385,8 @@ def adapter(base, tmp_path):
 
 
 def config(**flags) -> GenerateConfig:
-    return GenerateConfig(**{"device": "cpu", **{name: str(value) for name, value in flags.items()}})
+    flags = {name: (str(value),) if name == "adapter" else str(value) for name, value in flags.items()}
+    return GenerateConfig(**{"device": "cpu", **flags})
 
 
 def test_the_folder_of_a_full_run_knows_its_tokenizer_and_template(base):
@@ -531,7 +532,6 @@ def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], 'nothing to answer: pass --prompt "..."'),
         (["--prompt", "x", "--model", "absent"], "no model at absent: it is not a folder"),
         (["--prompt", "x", "--adapter", "absent"], "no adapter in absent"),
         (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
@@ -562,6 +562,7 @@ def test_a_prompt_longer_than_the_window_ends_with_code_2_and_one_line(run, tiny
 
 
 def test_as_a_process_it_ends_the_same_way():
-    done = subprocess.run([sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "generate.py", "--prompt", "x", "--model", "absent"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == 'generate.py: nothing to answer: pass --prompt "..."\n'
+    assert done.stderr == "generate.py: no model at absent: it is not a folder\n"

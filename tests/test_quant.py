@@ -515,7 +515,7 @@ def test_merge_writes_a_whole_model_that_answers_as_the_adapter_did(base, settin
     )
     generate_script.main()
     changed = float(capsys.readouterr().out.split()[-1])
-    adapted, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    adapted, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     merged, tokenizer, _ = load(GenerateConfig(model=str(base / "merged"), device="cpu"))
     tokens = torch.arange(3, 60)
     exact = settings["method"] == "lora"
@@ -543,9 +543,9 @@ def learns_and_resumes_exactly(base, settings):
 @pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
 def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, settings, kind):
     learns_and_resumes_exactly(base, settings)
-    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    model, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     assert isinstance(model.layers[0].attention.wq.base, kind)
-    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu", quantize="none"))
+    model, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu", quantize="none"))
     assert isinstance(model.layers[0].attention.wq.base, nn.Linear)
 
 
