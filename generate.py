@@ -18,6 +18,7 @@ import copy
 import json
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -105,6 +106,7 @@ class GenerateConfig(Sampling):
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("samples", self.samples >= 1, "at least 1"),
             ("port", 0 < self.port < 65536, "from 1 to 65535"),
+            ("host", re.fullmatch(r"[0-9.]+|[0-9a-f:.]*:[0-9a-f:.]*", self.host), "an address such as 127.0.0.1"),
         ):
             if not ok:
                 raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")

@@ -1,8 +1,9 @@
 """Talking to what was trained: in the terminal, once or in turns, and to a whole file of prompts.
 
-What was said is a list of turns, [question, [the reply of each voice]]: undo takes the last away, regenerate asks its question
-again, and several voices (the base, one or more adapters over it) each hear their own replies. What the model sees is the
-same dialog, in the template it was trained with, less the oldest turns where the window is too small for all of them."""
+What was said is a list of turns, (question, [the reply of each voice], how often it was asked again): undo takes the last away,
+regenerate asks its question once more, and several voices (the base, one or more adapters over it) each hear their own replies.
+What the model sees is the same dialog, in the template it was trained with, less the oldest turns where the window is too small
+for all of them."""
 
 import json
 import os
@@ -48,7 +49,7 @@ class Reply:
 
     def __init__(self, voice: Voice, system: str | None, turns: list, question: str, who: int, sampling: Sampling, through=iter):
         dialog = [{"role": "system", "content": system}] if system else []
-        for asked, replies in [*turns, (question, None)]:
+        for asked, replies, _ in [*turns, (question, None, 0)]:
             dialog.append({"role": "user", "content": asked})
             if replies:
                 dialog.append({"role": "assistant", "content": replies[who]})
@@ -93,7 +94,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_replies(voices: list[Voice], config: GenerateConfig, system, turns, question, sampling) -> tuple[list[str], bool]:
+def print_replies(voices: list[Voice], system, turns, question, sampling: Sampling) -> tuple[list[str], bool]:
     """Every voice's answer, printed as it comes, with its name above it if there are several. Returns the texts, and whether
     Ctrl-C stopped them: what was said until then counts as the answer."""
     texts = []
@@ -121,7 +122,7 @@ def ask(voices: list[Voice], config: GenerateConfig) -> None:
     """--prompt: one question, answered by every voice, or --samples times by each."""
     check_text(config.prompt + (config.system or ""), "--prompt or --system")
     if config.samples == 1:
-        if print_replies(voices, config, config.system, [], config.prompt, config)[1]:
+        if print_replies(voices, config.system, [], config.prompt, config)[1]:
             sys.exit(130)
         return
     for voice in voices:
@@ -138,7 +139,7 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
         import readline  # noqa: F401  arrows and history for input()
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     note(f"{' and '.join(voice.name for voice in voices)}, a window of {voices[0].model.config.max_seq_len} tokens; /help")
-    system, turns, tries, number = config.system, [], 0, 0
+    system, turns, number = config.system, [], 0
     while True:
         try:
             line, number = input("> " if live else ""), number + 1
@@ -156,7 +157,7 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
             elif word == "/help":
                 print(HELP)
             elif word == "/reset":
-                turns, tries = [], 0
+                turns = []
             elif word == "/system":
                 system = rest.strip() or None
             elif word in ("/undo", "/regenerate") and not turns:
@@ -166,11 +167,12 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
             elif word.startswith("/") and word != "/regenerate":
                 raise DataError(f"unknown command {word}: known are /reset, /undo, /regenerate, /system, /help, /quit")
             elif word:
-                again = word == "/regenerate"
-                question, before, tries = (turns[-1][0], turns[:-1], tries + 1) if again else (line.strip(), turns, 0)
+                question, before, tries = line.strip(), turns, 0
+                if word == "/regenerate":
+                    question, before, tries = turns[-1][0], turns[:-1], turns[-1][2] + 1
                 sampling = replace(config, seed=config.seed + tries)
-                texts, stopped = print_replies(voices, config, system, before, question, sampling)
-                turns = [*before, (question, texts)]
+                texts, stopped = print_replies(voices, system, before, question, sampling)
+                turns = [*before, (question, texts, tries)]
                 if stopped and not live:
                     sys.exit(130)
         except DataError as error:

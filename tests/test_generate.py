@@ -19,14 +19,13 @@ from generate import (
     generate,
     generate_batch,
     load,
-    main,
     pick_device,
     pick_dtype,
     sample,
     text_stream,
 )
-from lora import LoRAError, add_lora, load_adapter, lora_parameters, save_adapter
-from model import CheckpointError, from_hf, load_model, save_hf, to_hf
+from lora import LoRAError, load_adapter
+from model import CheckpointError, from_hf, load_model, save_hf
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -361,29 +360,6 @@ def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(toke
 # Folders
 
 
-@pytest.fixture
-def base(tiny_llama, tokenizer_file, tmp_path):
-    """A folder with a whole model and its tokenizer."""
-    folder = tmp_path / "base"
-    save_hf(tiny_llama(vocab_size=340), folder)
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    return folder
-
-
-@pytest.fixture
-def adapter(base, tmp_path):
-    """The folder of a LoRA run over `base`: an adapter that changes the answers, and a run.json."""
-    options = {"rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False}
-    model = add_lora(load_model(base), **options)
-    torch.manual_seed(1)
-    for weight in lora_parameters(model).values():
-        weight.data.normal_(std=0.3)
-    folder = tmp_path / "run"
-    save_adapter(model, folder, partial(to_hf, config=model.config), base_model=str(base), **options)
-    (folder / "run.json").write_text(json.dumps({"base_model": str(base), "template": "alpaca"}))
-    return folder
-
-
 def config(**flags) -> GenerateConfig:
     flags = {name: (str(value),) if name == "adapter" else str(value) for name, value in flags.items()}
     return GenerateConfig(**{"device": "cpu", **flags})
@@ -494,22 +470,6 @@ def test_auto_takes_what_the_machine_has(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*argv) -> (exit code, stdout, stderr) of the program."""
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer):
