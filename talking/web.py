@@ -188,7 +188,7 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
             ssr_mode=False,
             pwa=False,
             max_file_size=1,
-            css=".counts { min-height: 1.5em; opacity: 0.7 }",
+            css=".counts { min-height: 1.5em; opacity: 0.7 } .message-content .md { white-space: pre-wrap }",
         )
     except OSError:
         raise DataError(f"port {config.port} of {config.host} is taken or not allowed: name another with --port") from None

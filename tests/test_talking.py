@@ -613,7 +613,7 @@ class Browser:
     def texts(self) -> list[list[str]]:
         """What stands in each column: questions and answers in turn, spaces evened out."""
         return self.driver.execute_script(
-            "return [...document.querySelectorAll('.chat')].map(chat => [...chat.querySelectorAll('.message')]"
+            "return [...document.querySelectorAll('.block.chat')].map(chat => [...chat.querySelectorAll('.message-content')]"
             ".map(message => message.innerText.trim().replace(/\\s+/g, ' ')))"
         )
 
@@ -665,7 +665,7 @@ def test_in_a_browser_a_typed_question_is_answered_side_by_side(web, browser, tm
         browser.button("Send").click()
         browser.until(lambda: browser.texts() == expected)
         browser.until(lambda: browser.button("Send").is_enabled())
-        assert all(re.search(r"^\d+ tokens, [\d.]+ tokens/s$", counts.text) for counts in browser.all(".counts"))
+        assert all(re.search(r"^\d+ tokens, [\d.]+ tokens/s$", counts.text) for counts in browser.all(".block.counts"))
         assert browser.driver.save_screenshot(tmp_path / "page.png")
         browser.button("Regenerate").click()
         browser.until(lambda: browser.texts() == expected and browser.button("Send").is_enabled())
@@ -691,6 +691,6 @@ def test_in_a_browser_stop_ends_an_answer_and_keeps_what_was_said(web, browser, 
         stopped = browser.texts()[0]
         time.sleep(1)
         assert browser.texts()[0] == stopped and browser.button("Send").is_enabled()
-        assert int(browser.all(".counts")[0].text.split()[0]) < 4000
+        assert int(browser.all(".block.counts")[0].text.split()[0]) < 4000
         browser.button("Undo").click()  # what was stopped is part of what was said
         browser.until(lambda: browser.texts() == [[]])
