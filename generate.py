@@ -20,6 +20,7 @@ import os
 import random
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS
+from quant import QUANTIZERS, CPULinear
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,6 +80,7 @@ class GenerateConfig(Sampling):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
     quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
+    compile: bool = False  # the step of decoding by torch.compile: a minute at the first answer, faster after; on CUDA as a graph
     # What is asked; nothing given: a chat in the terminal
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
@@ -168,6 +170,40 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: 
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
+def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen) -> torch.Tensor:
+    """One step: read the tokens of the stream, choose the next of each of its B documents (B,), note it in seen (B, V)."""
+    tokens = sample(model(tokens, borders, cache=cache), sampling, draws, seen)
+    seen.scatter_(1, tokens[:, None], True)
+    return tokens
+
+
+def compile_decoding(model: Llama) -> Llama:
+    """From now on generate_batch's steps for this model are compiled, on CUDA into one graph of kernels that is launched at once.
+
+    A step's Python, and the launch of each of its some 15 kernels a block, then cost nothing. Shapes must not change: all of the
+    cache is looked at, and a sequence that has ended stays, unheard. The first step of a new shape takes a minute."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    model.compiled_step = torch.compile(next_tokens, mode=mode, dynamic=False)
+    return model
+
+
+@contextmanager
+def _cache(model: Llama, sequences: int, room: int):
+    """An empty cache. For compiled steps that of the last answer where it fits, as a graph knows its addresses."""
+    static = hasattr(model, "compiled_step")
+    if static:  # so that answers of other lengths find the same shapes
+        room = min(model.config.max_seq_len, max(256, 1 << (room - 1).bit_length()))
+    cache = model.__dict__.pop("free_cache", None)  # nobody else can have it meanwhile
+    if not cache or cache.keys.shape[1:4:2] != (sequences, room):
+        cache = KVCache(model.config, room, model.device, model.norm.weight.dtype, sequences, static)
+    try:
+        cache.lengths.zero_()
+        yield cache
+    finally:
+        if static:
+            model.free_cache = cache
+
+
 @torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
 def generate_batch(
     model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), streams=None, finished: set | None = None
@@ -191,29 +227,36 @@ def generate_batch(
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt] = True
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    cache = KVCache(model.config, longest, device, model.norm.weight.dtype, len(prompts))
+    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    step = getattr(model, "compiled_step", None)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     borders = torch.tensor([0, *accumulate(len(prompt) for prompt in prompts)], dtype=torch.int32, device=device)
     active = list(range(len(prompts)))  # whose sequence each row of the cache is
-    for step in range(max(limits)):
-        tokens = sample(model(tokens, borders, cache=cache), sampling, draws[active, step], seen[active])
-        seen[active, tokens] = True
-        for index, token in zip(list(active), tokens.tolist(), strict=True):
-            if token in stop_tokens:
-                finished.add(index)
-            elif index not in finished:
-                yield index, token
-                if step + 1 == limits[index]:
+    with _cache(model, len(prompts), room) as cache:
+        for n in range(max(limits)):
+            run = step if cache.static and n else next_tokens
+            tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
+            for index, token in zip(list(active), tokens.tolist(), strict=True):
+                if token in stop_tokens:
                     finished.add(index)
-        for row in reversed(range(len(active))):
-            if active[row] in finished:
-                cache.drop(row)
-                active[row], tokens[row] = active[-1], tokens[-1]
-                active, tokens = active[:-1], tokens[:-1]
-        if not active:
-            return
-        borders = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
+                elif index not in finished:
+                    yield index, token
+                    if n + 1 == limits[index]:
+                        finished.add(index)
+            leaving = [row for row in reversed(range(len(active))) if active[row] in finished]
+            if len(leaving) == len(active):
+                break
+            for row in leaving:
+                if cache.static:  # it stays where it is and talks to itself
+                    cache.lengths[row] = 0
+                    continue
+                cache.drop(row)  # the last row takes its place
+                active[row] = active[-1]
+                active.pop()
+                for part in (tokens, draws, seen):
+                    part[row] = part[len(active)]
+                tokens, draws, seen = (part[: len(active)] for part in (tokens, draws, seen))
+            borders = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
 
 
 def generate(model: Llama, prompt_tokens, sampling: Sampling, *, stop_tokens=()):
@@ -248,6 +291,14 @@ def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[
     prompt, _ = encode_dialog(dialog, tokenizer, template)
     tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
     return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
+
+
+def order_for_cpu(model: Llama) -> Llama:
+    """Lay bf16 weights out as a CPU's products read them (quant.CPULinear), in place, one at a time. Returns the model."""
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and CPULinear.helps(module.weight):
+            model.set_submodule(path, CPULinear(module.weight))
+    return model
 
 
 def read_json(path: Path) -> dict:
@@ -286,6 +337,8 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
             )
     device = pick_device(config.device)
     model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize]).eval()
+    if not (config.compile or config.merge or config.save):
+        order_for_cpu(model)
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
     for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):
@@ -293,6 +346,8 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
         load_adapter(twin, adapter, partial(from_hf, config=model.config)).eval()
         voices.append(Voice(adapter, twin, tokenizer, template))
     for voice in voices:
+        if config.compile:
+            compile_decoding(voice.model)
         if voice.tokenizer.vocab_size > model.config.vocab_size:
             pieces, known = voice.tokenizer.vocab_size, model.config.vocab_size
             raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")

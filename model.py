@@ -213,44 +213,54 @@ class Block(nn.Module):
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one pass of one token.
 
-    Room for `sequences` of up to max_len tokens each, B of them in use, of any lengths. Two tensors
-    (n_layers, sequences, K, max_len, D): 7B in 16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token."""
+    Room for `sequences` of up to max_len tokens each, of any lengths. Two tensors (n_layers, sequences, K, max_len, D): 7B in
+    16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token. On a CPU they are fp32 whatever the weights are: fused attention
+    of one token is 4 times as fast there as in bf16, and the cache small beside the weights.
+    static: look at all the room, not only up to the longest sequence, so that no shape changes and torch.compile sees one."""
 
-    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1):
+    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1, static: bool = False):
         shape = (config.n_layers, sequences, config.n_kv_heads, max_len, config.head_dim)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
-        self.longest = 0  # of the lengths, known without asking the device
+        self.static = static
+        if static:  # a CUDA graph may then write into them where they are
+            for tensor in (self.keys, self.values, self.lengths):
+                torch._dynamo.mark_static_address(tensor)
 
     def drop(self, row: int) -> None:
         """Forget a sequence. The last one takes its place."""
+        last = len(self.lengths) - 1
         for part in (self.keys, self.values):
-            part[:, row] = part[:, len(self.lengths) - 1]
-        self.lengths[row] = self.lengths[-1]
-        self.lengths = self.lengths[:-1]
-        self.longest = int(self.lengths.max()) if len(self.lengths) else 0
+            part[:, row] = part[:, last]
+        self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last]
 
-    def attend(self, layer: int, q, k, v, cu_seqlens, method: str) -> torch.Tensor:
-        """Keep the keys and values (T, K, D) of new tokens, and let their queries (T, H, D) look at all of their sequences."""
-        keys, values, count = self.keys[layer], self.values[layer], len(cu_seqlens) - 1
-        if (
-            len(q) == count
-        ):  # decoding: one token of each. The queries that share a key and value head stand as rows of one matrix
-            rows, span = torch.arange(count, device=q.device), self.longest + 1
+    def visible(self) -> torch.Tensor:
+        """(B, 1, 1, span), true where the next token of each sequence may look: at itself and before."""
+        span = self.keys.shape[3] if self.static else int(self.lengths.max()) + 1
+        return (torch.arange(span, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+
+    def attend(self, layer: int, visible: torch.Tensor | None, q, k, v, cu_seqlens, method: str) -> torch.Tensor:
+        """Keep the keys and values (T, K, D) of new tokens; let their queries (T, H, D) look at their own sequence up to
+        themselves. visible: given in decoding, where each sequence has one new token."""
+        keys, values, dtype = self.keys[layer], self.values[layer], q.dtype
+        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
+        if visible is not None:
+            rows, span = torch.arange(len(q), device=q.device), visible.shape[-1]
             keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
-            mask = (torch.arange(span, device=q.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, span)
-            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D)
-            k, v = keys[:count, :, :span], values[:count, :, :span]
-            out = textbook_attention(q, k, v, mask) if method == "textbook" else F.scaled_dot_product_attention(q, k, v, mask)
-            return out.flatten(1, 2)  # (B, H, D)
+            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head are rows of one matrix
+            attention = textbook_attention if method == "textbook" else F.scaled_dot_product_attention
+            out = attention(q, keys[: len(q), :, :span], values[: len(q), :, :span], visible)
+            return out.flatten(1, 2).to(dtype)  # (B, H, D)
         out = []
         for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             held = int(self.lengths[row])
             total = held + end - start
             keys[row, :, held:total], values[row, :, held:total] = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
-            seen = q[start:end].transpose(0, 1), keys[row, :, :total], values[row, :, :total]
-            out.append(attention_over_keys(*seen, method).transpose(0, 1))
+            seen = keys[row, :, :total].to(dtype), values[row, :, :total].to(dtype)
+            out.append(attention_over_keys(q[start:end].transpose(0, 1).to(dtype), *seen, method).transpose(0, 1))
         return torch.cat(out)
 
 
@@ -290,8 +300,10 @@ class Llama(nn.Module):
             cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
         document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
         positions = positions - cu_seqlens[document]  # counted from the border each token's document begins at
+        visible = None
         if cache:
             positions = positions + cache.lengths[document]
+            visible = cache.visible() if len(tokens) == len(cu_seqlens) - 1 else None
         cos, sin = rope_table(positions, self.config)
 
         x = self.tok_embeddings(tokens)  # (T, C)
@@ -300,10 +312,9 @@ class Llama(nn.Module):
                 # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
                 x = checkpoint(layer, x, cos, sin, cu_seqlens, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, partial(cache.attend, i) if cache else None)
+                x = layer(x, cos, sin, cu_seqlens, partial(cache.attend, i, visible) if cache else None)
         if cache:
             cache.lengths += cu_seqlens.diff()
-            cache.longest = int(cache.lengths.max())
             x = x[cu_seqlens[1:] - 1]
         x = self.norm(x)
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import generate as generate_module
 from data import TEMPLATES, DataError, encode_dialog
@@ -16,9 +17,11 @@ from generate import (
     GenerateConfig,
     Sampling,
     answer,
+    compile_decoding,
     generate,
     generate_batch,
     load,
+    order_for_cpu,
     pick_device,
     pick_dtype,
     sample,
@@ -26,6 +29,7 @@ from generate import (
 )
 from lora import LoRAError, load_adapter
 from model import CheckpointError, from_hf, load_model, save_hf
+from quant import CPULinear
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -142,6 +146,42 @@ def test_a_sequence_that_ends_leaves_and_the_others_go_on(tiny_llama):
         expected = whole[index][: whole[index].index(stop)] if stop in whole[index] else whole[index]
         assert tokens == (expected[:2] if index == 3 else expected)
     assert finished == set(range(5))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tiny_llama, monkeypatch, how):
+    """The whole step is captured, sampling included, once for all answers to as many prompts: nothing is compiled again."""
+    model, counter = tiny_llama(max_seq_len=300), CompileCounter()
+    plain = [together(model, PROMPTS[:3], n, **how) for n in (40, 9)]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    compile_decoding(model)
+    assert [together(model, PROMPTS[:3], n, **how) for n in (40, 9)] == plain
+    cache = model.free_cache
+    stop, finished = plain[0][0][5], set()
+    for index, token in generate_batch(model, PROMPTS[:3], Sampling(max_new_tokens=40, **how), stop_tokens=(stop,)):
+        finished.add((index, token))
+    assert all(token != stop for _, token in finished) and model.free_cache is cache
+    next(answers := generate_batch(model, PROMPTS[:3], Sampling(**how)))
+    next(generate_batch(model, PROMPTS[:3], Sampling(**how)))  # at the same time: a cache of its own
+    assert counter.frame_count == 1
+    answers.close()
+
+
+def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama):
+    model = tiny_llama(dim=64, hidden_dim=160, vocab_size=340).bfloat16()
+    if not CPULinear.helps(model.output.weight):
+        pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
+    tokens = torch.tensor(PROMPTS[3])
+    with torch.no_grad():
+        before, said = model(tokens), say(model, PROMPT, 4)
+        kept = {name: weight.clone() for name, weight in model.named_parameters()}
+        order_for_cpu(model)
+        assert (model(tokens) - before).abs().max() < 0.05 * before.abs().max()
+        assert type(model.output) is type(model.layers[0].feed_forward.w2) is CPULinear
+        assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
+    assert say(model, PROMPT, 4) == said
+    assert (CPULinear.helps(kept["norm.weight"].float())) is False
 
 
 def test_of_several_prompts_one_that_is_empty_or_fills_the_window_is_refused(tiny_llama):
