@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import random
-import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,26 +95,6 @@ class GenerateConfig(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        given = {name for name, default in GenerateConfig.__dataclass_fields__.items() if getattr(self, name) != default.default}
-        doing = [name for name in ("prompt", "prompts", "web", "merge", "save") if name in given]
-        if len(doing) > 1:
-            raise DataError(f"--{doing[0]} and --{doing[1]} are two things to do: give one of them")
-        needed = {"prompts": "out", "out": "prompts", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
-        for name, need in needed.items():
-            if name in given and need not in given:
-                raise DataError(f"--{name} needs --{need}")
-        for name, ok, need in (
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("samples", self.samples >= 1, "at least 1"),
-            ("port", 0 < self.port < 65536, "from 1 to 65535"),
-            ("host", re.fullmatch(r"[0-9.]+|[0-9a-f:.]*:[0-9a-f:.]*", self.host), "an address such as 127.0.0.1"),
-        ):
-            if not ok:
-                raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
-        if self.samples > 1 and (self.temperature == 0 or not {"prompt", "prompts"} & given):
-            raise DataError(
-                "--samples needs --prompt or --prompts, and a --temperature above 0, or all answers would be the same"
-            )
         if self.merge and (self.compare or len(self.adapter) > 1):
             raise DataError("--merge takes one adapter")
         if self.save and self.adapter:
@@ -408,9 +387,12 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main():
+    from talking import chat  # here, as it imports this file
+
     try:
         given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
         config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        do = chat.pick(config)
         for flag in ("merge", "save"):
             if getattr(config, flag) and Path(getattr(config, flag)).exists():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
@@ -421,14 +403,8 @@ def main():
         elif config.save:
             save_folder(*voices[-1][1:3], Path(config.save))
             print(f"saved in {config.save}")
-        elif config.web:
-            from talking.web import serve  # here, as it imports this file
-
-            serve(voices, config)
         else:
-            from talking import chat
-
-            (chat.answer_file if config.prompts else chat.ask if config.prompt else chat.chat)(voices, config)
+            do(voices, config)
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough
     except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:

@@ -7,6 +7,7 @@ for all of them."""
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import closing
@@ -22,6 +23,33 @@ HELP = """/reset          forget what was said; the system message stays
 /system TEXT    a system message before all that follows; without TEXT none
 /help           this
 /quit           the end, as Ctrl-D; Ctrl-C stops an answer"""
+
+
+def pick(config: GenerateConfig):
+    """What the flags ask for, a function of (voices, config); DataError if they ask for two things, or for half of one."""
+    given = {name for name, field in GenerateConfig.__dataclass_fields__.items() if getattr(config, name) != field.default}
+    doing = [f"--{name}" for name in ("prompt", "prompts", "web", "merge", "save") if name in given]
+    if len(doing) > 1:
+        raise DataError(f"{' and '.join(doing)} are {len(doing)} things to do: give one of them")
+    needed = {"prompts": "out", "out": "prompts", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
+    for name, need in needed.items():
+        if name in given and need not in given:
+            raise DataError(f"--{name} needs --{need}")
+    for name, right, need in (
+        ("batch_size", config.batch_size >= 1, "at least 1"),
+        ("samples", config.samples >= 1, "at least 1"),
+        ("port", 0 < config.port < 65536, "from 1 to 65535"),
+        ("host", re.fullmatch(r"[0-9.]+|[0-9a-f:.]*:[0-9a-f:.]*", config.host), "an address such as 127.0.0.1"),
+    ):
+        if not right:
+            raise DataError(f"--{name} must be {need}, not {getattr(config, name)}")
+    if config.samples > 1 and (config.temperature == 0 or not {"prompt", "prompts"} & given):
+        raise DataError("--samples needs --prompt or --prompts, and a --temperature above 0, or all answers would be the same")
+    if config.web:
+        from talking.web import serve  # gradio takes seconds to import
+
+        return serve
+    return answer_file if config.prompts else chat if config.prompt is None else ask
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
         for who in range(len(voices)):
             chats.append([])
             for question, replies, _ in turns:
-                chats[-1] += [{"role": "user", "content": question}, {"role": "assistant", "content": replies[who]}]
+                reply = replies[who] or ("…" if busy else "(nothing)")
+                chats[-1] += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         free = [gr.update(interactive=not busy)] * 4
         return [turns, box, gr.update(interactive=busy), *free, *chats, *(counts or [""] * len(voices))]
 

@@ -406,8 +406,8 @@ def test_a_bad_prompt_is_named_before_anything_is_answered(run, base, tmp_path, 
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        ("--web --prompt x", "--prompt and --web are two things to do: give one of them"),
-        ("--prompts p --out o --merge m", "--prompts and --merge are two things to do"),
+        ("--web --prompt x", "--prompt and --web are 2 things to do: give one of them"),
+        ("--prompts p --out o --merge m", "--prompts and --merge are 2 things to do"),
         ("--prompts p", "--prompts needs --out"),
         ("--out o", "--out needs --prompts"),
         ("--prompt x --batch_size 4", "--batch_size needs --prompts"),
@@ -651,13 +651,13 @@ def test_in_a_browser_a_typed_question_is_answered_side_by_side(web, browser, tm
     model = add_lora(load_model(generate_module.TINY), **options)
     torch.manual_seed(1)
     for weight in lora_parameters(model).values():
-        weight.data.normal_(std=0.1)
+        weight.data.normal_(std=0.06)
     to_names = partial(to_hf, config=model.config)
     save_adapter(model, tmp_path / "run", to_names, base_model=str(generate_module.TINY), **options)
     voices = load_voices(GenerateConfig(adapter=(str(tmp_path / "run"),), compare=True, device="cpu"))
     question = "Which animal does Pena Marmond keep?"
     expected = [[question, " ".join(said(voice, Sampling(max_new_tokens=40), None, question).split())] for voice in voices]
-    assert expected[0] != expected[1]
+    assert expected[0] != expected[1] and all(answer for _, answer in expected)
     with served("--adapter", tmp_path / "run", "--max_new_tokens", 40) as port:
         browser.driver.get(f"http://127.0.0.1:{port}")
         browser.until(lambda: browser.all("textarea"))
@@ -683,7 +683,7 @@ def test_in_a_browser_stop_ends_an_answer_and_keeps_what_was_said(web, browser, 
         browser.driver.get(f"http://127.0.0.1:{port}")
         browser.until(lambda: browser.all("textarea"))
         browser.all("textarea")[0].send_keys("Where?\n")
-        browser.until(lambda: len(browser.texts()[0]) == 2 and browser.texts()[0][1])
+        browser.until(lambda: "tokens/s" in browser.all(".block.counts")[0].text)
         assert not browser.button("Send").is_enabled()
         browser.button("Stop").click()
         browser.until(lambda: browser.button("Send").is_enabled())
