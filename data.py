@@ -226,11 +226,12 @@ def read_dialogs(path, source: str | None = None, target: str | None = None, sys
         yield record.dialog
 
 
-def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None):
+def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None, parse=None):
     """Yield the Records of a JSONL, JSON, CSV, parquet or text file, in order; all but JSON are streamed, .gz is unpacked.
 
     A record is recognised by its fields (dialog_of lists them). `source` and `target` name two other fields for prompt and
     reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
+    parse, if given, makes the dialog in the place of dialog_of.
     A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
     goes on. A file that cannot be read to its end raises in any case."""
     from preparing.readers import reader_of
@@ -246,7 +247,7 @@ def read_records(path, source: str | None = None, target: str | None = None, sys
         for where, found in reader(path):
             empty = False
             try:
-                kind, dialog = dialog_of(found, source, target, system)
+                kind, dialog = (parse or dialog_of)(found, source, target, system)
                 for message in dialog:
                     "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
             except (DataError, UnicodeEncodeError) as error:
@@ -504,7 +505,8 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None) -
     kinds = typing.get_type_hints(config_class)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     group = parser
-    for line in inspect.getsource(config_class).splitlines():
+    classes = [kind for kind in config_class.__mro__ if dataclasses.is_dataclass(kind)]  # its own fields, then those it inherits
+    for line in "".join(map(inspect.getsource, classes)).splitlines():
         if title := re.match(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
         elif (flag := re.match(r"    (\w+): [^#]*(?:# (.*))?", line)) and flag[1] in kinds:
@@ -527,7 +529,7 @@ def _flag_kind(kind) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "metavar": "NAME", "type": str}
+        return {"nargs": "+", "action": "extend", "metavar": "NAME", "type": str}  # --adapter a b, or --adapter a --adapter b
     if kind is bool:  # --resume, --resume True and --resume False
         return {"nargs": "?", "const": True, "metavar": "True|False", "type": _true_or_false}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}

@@ -6,6 +6,7 @@
 Without the cache token n would cost n passes' worth of work; with it each costs one. At batch 1 a pass reads every weight
 once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 GB for 7B in 16 bits.
 
+    python generate.py --adapter runs/lora                                   a chat in the terminal; with --web in the browser
     python generate.py --adapter runs/lora --prompt "Which animal does Pena Marmond keep?"
     python generate.py --adapter runs/lora --merge merged          a plain Hugging Face model, adapter included
     python generate.py --model llama-2-7b --quantize nf4 --save nf4          the same model in 4 bits, in bitsandbytes' layout
@@ -13,14 +14,17 @@ once and does two FLOPs with it, so decoding runs at the speed of memory: 13.5 G
 The folder of a run knows its base model, tokenizer and prompt template: what was trained with is what is asked with.
 """
 
+import copy
 import json
 import os
+import random
 import sys
-import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -28,48 +32,72 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS
+from quant import QUANTIZERS, CPULinear
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    # What answers
-    model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
-    adapter: str | None = None  # folder of a LoRA run, or of any PEFT adapter
-    tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
-    template: str | None = None  # how the prompt is written out: a name or a JSON file; the run's own if not given
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
-    quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
-    # What is asked
-    prompt: str | None = None  # the user's message
-    system: str | None = None  # a system message before it
-    merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
-    save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
+class Sampling:
     # How tokens are chosen
     max_new_tokens: int = 256  # the answer is cut here if no end token came
     temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
     top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
     top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
+    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely
     seed: int = 0  # the same seed gives the same answer
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these texts, as well as those of the template
 
     def __post_init__(self):
         for name, ok, need in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("stop", all(self.stop), "texts that are not empty"),
         ):
             if not ok:
                 raise DataError(f"--{name} must be {need}, not {getattr(self, name)}")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise DataError(
-                "--top_k and --top_p choose among likely tokens, and --temperature 0 always takes the likeliest: raise it"
+                "--top_k, --top_p and --min_p choose among likely tokens, --temperature 0 always takes the likeliest: raise it"
             )
-        if self.save and (self.adapter or self.merge):
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Sampling):
+    # What answers
+    model: str | None = None  # folder with weights, Meta's or Hugging Face's; a run's own base, or tiny/, if not given
+    adapter: tuple[str, ...] = ()  # folder of a LoRA run, or of any PEFT adapter; of several the base and each answer
+    compare: bool = False  # the base answers too, beside its adapter
+    tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
+    template: str | None = None  # how the prompt is written out: a name or a JSON file; the run's own if not given
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU that has it, fp32 on a CPU
+    quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
+    compile: bool = False  # the step of decoding by torch.compile: a minute at the first answer, faster after; on CUDA as a graph
+    # What is asked; nothing given: a chat in the terminal
+    prompt: str | None = None  # the user's message
+    system: str | None = None  # a system message before it
+    prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
+    out: str | None = None  # the JSONL file for the answers to --prompts; those that are there already are not made again
+    batch_size: int = 8  # so many prompts of the file are answered together
+    samples: int = 1  # answers to each prompt, with other random numbers each
+    web: bool = False  # a chat in the browser
+    port: int = 7860  # of the page
+    host: str = "127.0.0.1"  # who can open the page: this machine alone; 0.0.0.0: whoever can reach it
+    merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
+    save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.merge and (self.compare or len(self.adapter) > 1):
+            raise DataError("--merge takes one adapter")
+        if self.save and self.adapter:
             raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
         if self.save and self.quantize == "int8":
             raise DataError("--save has no layout for int8: take --quantize nf4, or none")
@@ -95,46 +123,133 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
-    """Choose a token from logits (V,). Top-p is "The Curious Case of Neural Text Degeneration", section 3.1."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probs, ids = torch.softmax(logits.float() / temperature, dim=-1).sort(descending=True)
-    if top_k:
-        probs[top_k:] = 0
-    if top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
-        probs[probs.cumsum(0) - probs >= top_p * probs.sum()] = 0
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,).
+
+    seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
+    where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
+    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        by = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits / sampling.temperature, None
+    if sampling.top_k or sampling.top_p < 1:
+        logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
+    if sampling.min_p:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    # Laid end to end the probabilities make a line; the token is the one on whose stretch the draw falls.
+    line = probs.cumsum(-1)
+    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:])
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen) -> torch.Tensor:
+    """One step: read the tokens of the stream, choose the next of each of its B documents (B,), note it in seen (B, V)."""
+    tokens = sample(model(tokens, borders, cache=cache), sampling, draws, seen)
+    seen.scatter_(1, tokens[:, None], True)
+    return tokens
+
+
+def compile_decoding(model: Llama) -> Llama:
+    """From now on generate_batch's steps for this model are compiled, on CUDA into one graph of kernels that is launched at once.
+
+    A step's Python, and the launch of each of its some 15 kernels a block, then cost nothing. Shapes must not change: all of the
+    cache is looked at, and a sequence that has ended stays, unheard. The first step of a new shape takes a minute."""
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    model.compiled_step = torch.compile(next_tokens, mode=mode, dynamic=False)
+    return model
+
+
+@contextmanager
+def _cache(model: Llama, sequences: int, room: int):
+    """An empty cache. For compiled steps that of the last answer where it fits, as a graph knows its addresses."""
+    static = hasattr(model, "compiled_step")
+    if static:  # so that answers of other lengths find the same shapes
+        room = min(model.config.max_seq_len, max(256, 1 << (room - 1).bit_length()))
+    cache = model.__dict__.pop("free_cache", None)  # nobody else can have it meanwhile
+    if not cache or cache.keys.shape[1:4:2] != (sequences, room):
+        cache = KVCache(model.config, room, model.device, model.norm.weight.dtype, sequences, static)
+    try:
+        cache.lengths.zero_()
+        yield cache
+    finally:
+        if static:
+            model.free_cache = cache
 
 
 @torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
-def generate(model: Llama, prompt_tokens, max_new_tokens, *, temperature=0.0, top_k=0, top_p=1.0, generator=None, stop_ids=()):
-    """Yield up to max_new_tokens token ids that continue prompt_tokens (a list of ids), ending before any of stop_ids.
+def generate_batch(
+    model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), streams=None, finished: set | None = None
+):
+    """Continue several prompts (lists of token ids) together: yield (index of the prompt, token id) as the tokens come.
 
-    Raises DataError if the prompt alone fills the model's window; an answer that would pass it ends there."""
-    window = model.config.max_seq_len
-    if len(prompt_tokens) >= window:
-        raise DataError(
-            f"the prompt has {len(prompt_tokens)} tokens and the model's window {window}: nothing is left for an answer"
-        )
-    length = min(len(prompt_tokens) + max_new_tokens, window)
-    device = model.device
-    cache = KVCache(model.config, length, device, model.norm.weight.dtype)
-    tokens = torch.tensor(prompt_tokens, device=device)
-    for _ in range(length - len(prompt_tokens)):
-        token = sample(model(tokens, cache=cache)[0], temperature, top_k, top_p, generator)
-        if token in stop_ids:
-            return
+    A sequence ends before any of stop_tokens, after sampling.max_new_tokens, at the end of the model's window, or when the
+    caller puts its index into `finished`; there the indices are found of those that ended. What is said in one sequence does
+    not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names a stream for each.
+    Raises DataError if a prompt is empty, or fills the model's window alone."""
+    window, finished = model.config.max_seq_len, set() if finished is None else finished
+    for prompt in prompts:
+        if not prompt:
+            raise DataError("the prompt has no tokens: there is nothing to continue")
+        if len(prompt) >= window:
+            raise DataError(f"the prompt has {len(prompt)} tokens and the model's window {window}: nothing is left for an answer")
+    device, limits = model.device, [min(len(prompt) + sampling.max_new_tokens, window) - len(prompt) for prompt in prompts]
+    streams = range(len(prompts)) if streams is None else streams
+    random_numbers = [random.Random(f"{sampling.seed} {stream}") for stream in streams]
+    draws = torch.tensor([[1 - numbers.random() for _ in range(max(limits))] for numbers in random_numbers], device=device)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    step = getattr(model, "compiled_step", None)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    borders = torch.tensor([0, *accumulate(len(prompt) for prompt in prompts)], dtype=torch.int32, device=device)
+    active = list(range(len(prompts)))  # whose sequence each row of the cache is
+    with _cache(model, len(prompts), room) as cache:
+        for n in range(max(limits)):
+            run = step if cache.static and n else next_tokens
+            tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
+            for index, token in zip(list(active), tokens.tolist(), strict=True):
+                if token in stop_tokens:
+                    finished.add(index)
+                elif index not in finished:
+                    yield index, token
+                    if n + 1 == limits[index]:
+                        finished.add(index)
+            leaving = [row for row in reversed(range(len(active))) if active[row] in finished]
+            if len(leaving) == len(active):
+                break
+            for row in leaving:
+                if cache.static:  # it stays where it is and talks to itself
+                    cache.lengths[row] = 0
+                    continue
+                cache.drop(row)  # the last row takes its place
+                active[row] = active[-1]
+                active.pop()
+                for part in (tokens, draws, seen):
+                    part[row] = part[len(active)]
+                tokens, draws, seen = (part[: len(active)] for part in (tokens, draws, seen))
+            borders = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
+
+
+def generate(model: Llama, prompt_tokens, sampling: Sampling, *, stop_tokens=()):
+    """Yield the token ids that continue prompt_tokens (a list of ids); see generate_batch, whose sequence 0 this is."""
+    for _, token in generate_batch(model, [list(prompt_tokens)], sampling, stop_tokens=stop_tokens):
         yield token
-        tokens = torch.tensor([token], device=device)
 
 
-def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+def text_stream(tokenizer: Tokenizer, tokens, stop: tuple[str, ...] = ()):
     """Yield the text of a stream of tokens, piece by piece, ending before the first of the `stop` strings.
 
     Text is held back while it may still change: a character whose bytes are not all there, or the beginning of a stop string."""
     ids, shown, text = [], 0, ""
-    for token in token_stream:
+    for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
         ends = [text.find(s) for s in stop if s in text]
@@ -150,11 +265,19 @@ def stream_text(token_stream, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
     yield text[shown:].rstrip("\ufffd")  # an answer that was cut inside a character ends before it
 
 
-def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], max_new_tokens: int, **sampling):
+def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], sampling: Sampling):
     """Yield the text of the reply to a dialog that ends on a user's turn."""
     prompt, _ = encode_dialog(dialog, tokenizer, template)
-    tokens = generate(model, prompt, max_new_tokens, stop_ids=(tokenizer.eos_id,), **sampling)
-    return stream_text(tokens, tokenizer, template.stop)
+    tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
+    return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
+
+
+def order_for_cpu(model: Llama) -> Llama:
+    """Lay bf16 weights out as a CPU's products read them (quant.CPULinear), in place, one at a time. Returns the model."""
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and CPULinear.helps(module.weight):
+            model.set_submodule(path, CPULinear(module.weight))
+    return model
 
 
 def read_json(path: Path) -> dict:
@@ -165,37 +288,78 @@ def read_json(path: Path) -> dict:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
 
 
+class Voice(NamedTuple):
+    """Who answers: a model, and what it takes to ask it as it was trained."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    template: Template
+
+
 def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
-    """The model, tokenizer and template that the flags and the run's own run.json name."""
-    run_folder = Path(config.adapter or config.model or TINY)
-    if config.adapter and not (run_folder / "adapter_config.json").is_file():
-        if (run_folder / "config.json").is_file():
-            raise DataError(f"{run_folder} holds a whole model, not an adapter: pass it as --model")
-        raise DataError(f"no adapter in {run_folder}: adapter_config.json is missing")
-    if not config.adapter and (run_folder / "adapter_config.json").is_file():
-        raise DataError(f"{run_folder} holds an adapter, not a whole model: pass it as --adapter")
-    run, base = read_json(run_folder / "run.json"), config.model
-    if base is None and config.adapter:
-        base = run.get("base_model") or read_json(run_folder / "adapter_config.json").get("base_model_name_or_path")
+    """The model that the flags name, with its adapter, and its tokenizer and template."""
+    return load_voices(config)[-1][1:]
+
+
+def load_voices(config: GenerateConfig) -> list[Voice]:
+    """The models that the flags name, asked as their run.json says: the base, or its adapter, or the base and its adapters.
+
+    The base's weights are read once and lie in memory once, however many adapters stand on them."""
+    runs = [_find(config, Path(adapter)) for adapter in config.adapter] or [_find(config, None)]
+    base, quantize, tokenizer, template = runs[0]
+    for adapter, run in zip(config.adapter, runs, strict=False):
+        if (run[0].resolve(), run[1]) != (base.resolve(), quantize):
+            raise DataError(
+                f"{config.adapter[0]} was trained on {base} ({quantize}), {adapter} on {run[0]} ({run[1]}): "
+                "adapters are compared on one base, that --model and --quantize name"
+            )
+    device = pick_device(config.device)
+    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize]).eval()
+    if not (config.compile or config.merge or config.save):
+        order_for_cpu(model)
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
+    for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):
+        twin = copy.deepcopy(model, dict(shared))  # modules of its own, the same weights in them
+        load_adapter(twin, adapter, partial(from_hf, config=model.config)).eval()
+        voices.append(Voice(adapter, twin, tokenizer, template))
+    for voice in voices:
+        if config.compile:
+            compile_decoding(voice.model)
+        if voice.tokenizer.vocab_size > model.config.vocab_size:
+            pieces, known = voice.tokenizer.vocab_size, model.config.vocab_size
+            raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
+    return voices if config.compare or config.web or len(voices) > 2 else voices[-1:]
+
+
+def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Tokenizer, Template]:
+    """The folder of the base, its quantisation, tokenizer and template, as the flags or the run's own run.json say."""
+    folder = adapter or Path(config.model or TINY)
+    run, base = read_json(folder / "run.json"), config.model
+    whole, adapted = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    if run and not whole and not adapted:
+        raise DataError(f"the run in {folder} is not finished: train.py --resume True --output_dir {folder} goes on with it")
+    if adapter and not adapted:
+        if whole:
+            raise DataError(f"{folder} holds a whole model, not an adapter: pass it as --model")
+        raise DataError(f"no adapter in {folder}: adapter_config.json is missing")
+    if not adapter and adapted:
+        raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
+    if base is None and adapter:
+        base = run.get("base_model") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base:
-            raise DataError(f"the adapter in {run_folder} does not say which model it is for: name that with --model")
+            raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
         if not Path(base).is_dir():
-            raise DataError(f"the adapter in {run_folder} was trained on {base}, which is not here: name its place with --model")
+            raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
     base = Path(base or TINY)
     read_config(base)  # says so if there is no model
-
-    device = pick_device(config.device)
-    folders = [folder for folder in (run_folder, base) if (folder / "tokenizer.model").is_file()]
-    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    if run and not (config.template or run.get("template")):
+        raise DataError(f"{folder / 'run.json'} does not say which template was trained: name it with --template")
     template, _ = load_template(config.template or run.get("template", "llama2"))
-    quantize = config.quantize or run.get("settings", {}).get("quantize", "none")
-    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize])
-    pieces, known = tokenizer.vocab_size, model.config.vocab_size
-    if pieces > known:
-        raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
-    if config.adapter:
-        load_adapter(model, config.adapter, partial(from_hf, config=model.config))
-    return model.eval(), tokenizer, template
+    folders = [place for place in (folder, base) if (place / "tokenizer.model").is_file()]
+    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
 
 
 @torch.inference_mode()
@@ -223,44 +387,26 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main():
+    from talking import chat  # here, as it imports this file
+
     try:
-        config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if not config.prompt and not config.merge and not config.save:
-            raise DataError('nothing to answer: pass --prompt "..."')
+        given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
+        config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        do = chat.pick(config)
         for flag in ("merge", "save"):
             if getattr(config, flag) and Path(getattr(config, flag)).exists():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
-        model, tokenizer, template = load(config)
+        voices = load_voices(config)
         if config.merge:
-            difference = save_merged(model, tokenizer, Path(config.merge))
+            difference = save_merged(*voices[-1][1:3], Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
-            return
-        if config.save:
-            save_folder(model, tokenizer, Path(config.save))
+        elif config.save:
+            save_folder(*voices[-1][1:3], Path(config.save))
             print(f"saved in {config.save}")
-            return
-        dialog = [{"role": "user", "content": config.prompt}]
-        if config.system:
-            dialog.insert(0, {"role": "system", "content": config.system})
-        prompt, _ = encode_dialog(dialog, tokenizer, template)
-        generator = torch.Generator(model.norm.weight.device).manual_seed(config.seed)
-        started, written = time.perf_counter(), []
-        tokens = generate(
-            model,
-            prompt,
-            config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=generator,
-            stop_ids=(tokenizer.eos_id,),
-        )
-        counted = (written.append(token) or token for token in tokens)
-        for text in stream_text(counted, tokenizer, template.stop):
-            print(text, end="", flush=True)
-        seconds = time.perf_counter() - started
-        print()
-        print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+        else:
+            do(voices, config)
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
     except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -269,4 +415,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import generate  # the module that talking/ imports, not a second copy of it
+
+    generate.main()

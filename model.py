@@ -21,6 +21,7 @@ Three choices keep this file short:
 import copy
 import json
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+
+warnings.filterwarnings("ignore", message=".*complex operators")  # torch.compile's, of two views of RoPE's table
 
 
 class CheckpointError(ValueError):
@@ -107,10 +111,16 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
     A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
-    a rotation one product, which is a quarter of the time of writing sines and cosines out. The pairs are (0,1), (2,3), ...
-    as in Meta's weights; Hugging Face pairs (0, D/2), (1, D/2+1), ... and stores its rows in another order to match."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (T, heads, D/2)
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    a rotation one product, a third to a tenth of the time of sines and cosines written out; these are for a compiler, which
+    fuses them and no complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
+    (1, D/2+1), ... and stores its rows in another order to match."""
+    pairs = x.float().unflatten(-1, (-1, 2))  # (T, heads, D/2, 2)
+    if torch.compiler.is_compiling():
+        (a, b), cos, sin = pairs.unbind(-1), rotations.real, rotations.imag
+        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
+    return pairs.flatten(-2).to(x.dtype)
 
 
 def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -187,14 +197,8 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         q, k = apply_rope(q, rotations), apply_rope(k, rotations)
-        if cached is None:
-            out = attention_over_documents(q, k, v, cu_seqlens, self.method)
-        else:
-            keys, values, start = cached  # this layer's rooms in the cache, and how many tokens it already holds
-            end = start + len(x)
-            keys[start:end], values[start:end] = k, v
-            q, k, v = q.transpose(0, 1), keys[:end].transpose(0, 1), values[:end].transpose(0, 1)
-            out = attention_over_keys(q, k, v, self.method).transpose(0, 1)
+        attend = attention_over_documents if cached is None else cached
+        out = attend(q, k, v, cu_seqlens, self.method)
         return self.wo(out.flatten(-2))  # (T, C)
 
 
@@ -227,13 +231,55 @@ class Block(nn.Module):
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one pass of one token.
 
-    Two tensors (n_layers, max_len, K, D): 7B in 16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token."""
+    Room for `sequences` of up to max_len tokens each, of any lengths. Two tensors (n_layers, sequences, K, max_len, D): 7B in
+    16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token. On a CPU they are fp32 whatever the weights are: fused attention
+    of one token is 4 times as fast there as in bf16, and the cache small beside the weights.
+    static: look at all the room, not only up to the longest sequence, so that no shape changes and torch.compile sees one."""
 
-    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype):
-        shape = (config.n_layers, max_len, config.n_kv_heads, config.head_dim)
+    def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1, static: bool = False):
+        shape = (config.n_layers, sequences, config.n_kv_heads, max_len, config.head_dim)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
+        self.static = static
+        if static:  # a CUDA graph may then write into them where they are
+            for tensor in (self.keys, self.values, self.lengths):
+                torch._dynamo.mark_static_address(tensor)
+
+    def drop(self, row: int) -> None:
+        """Forget a sequence. The last one takes its place."""
+        last = len(self.lengths) - 1
+        for part in (self.keys, self.values):
+            part[:, row] = part[:, last]
+        self.lengths[row] = self.lengths[last]
+        self.lengths = self.lengths[:last]
+
+    def visible(self) -> torch.Tensor:
+        """(B, 1, 1, span), true where the next token of each sequence may look: at itself and before."""
+        span = self.keys.shape[3] if self.static else int(self.lengths.max()) + 1
+        return (torch.arange(span, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+
+    def attend(self, layer: int, visible: torch.Tensor | None, q, k, v, cu_seqlens, method: str) -> torch.Tensor:
+        """Keep the keys and values (T, K, D) of new tokens; let their queries (T, H, D) look at their own sequence up to
+        themselves. visible: given in decoding, where each sequence has one new token."""
+        keys, values, dtype = self.keys[layer], self.values[layer], q.dtype
+        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
+        if visible is not None:
+            rows, span = torch.arange(len(q), device=q.device), visible.shape[-1]
+            keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+            q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head are rows of one matrix
+            attention = textbook_attention if method == "textbook" else F.scaled_dot_product_attention
+            out = attention(q, keys[: len(q), :, :span], values[: len(q), :, :span], visible)
+            return out.flatten(1, 2).to(dtype)  # (B, H, D)
+        out = []
+        for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            held = int(self.lengths[row])
+            total = held + end - start
+            keys[row, :, held:total], values[row, :, held:total] = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
+            seen = keys[row, :, :total].to(dtype), values[row, :, :total].to(dtype)
+            out.append(attention_over_keys(q[start:end].transpose(0, 1).to(dtype), *seen, method).transpose(0, 1))
+        return torch.cat(out)
 
 
 class Llama(nn.Module):
@@ -266,13 +312,16 @@ class Llama(nn.Module):
         tokens (T,) int64; cu_seqlens (documents + 1,) int32, the documents' borders from 0 to T (none given: one document);
         labels (T,) int64, the token to predict at each position, or -100 for none.
         Returns with labels the summed cross-entropy over the labelled positions (fp32 scalar), else the logits (T, V).
-        With a cache the tokens continue what it holds, and only the last token's logits (1, V) are computed."""
-        start = cache.length if cache else 0
-        positions = torch.arange(start, start + len(tokens), device=tokens.device)
+        With a cache document b continues the cache's sequence b, and only the logits (B, V) of their last tokens are computed."""
+        positions = torch.arange(len(tokens), device=tokens.device)
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device)
-        else:  # count from the border each token's document begins at
-            positions = positions - cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+        document = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+        positions = positions - cu_seqlens[document]  # counted from the border each token's document begins at
+        visible = None
+        if cache:
+            positions = positions + cache.lengths[document]
+            visible = cache.visible() if len(tokens) == len(cu_seqlens) - 1 else None
         rotations = rope_table(positions, self.config)
 
         x = self.tok_embeddings(tokens)  # (T, C)
@@ -281,10 +330,10 @@ class Llama(nn.Module):
                 # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
                 x = checkpoint(layer, x, rotations, cu_seqlens, use_reentrant=False)
             else:
-                x = layer(x, rotations, cu_seqlens, (cache.keys[i], cache.values[i], start) if cache else None)
+                x = layer(x, rotations, cu_seqlens, partial(cache.attend, i, visible) if cache else None)
         if cache:
-            cache.length += len(tokens)
-            x = x[-1:]
+            cache.lengths += cu_seqlens.diff()
+            x = x[cu_seqlens[1:] - 1]
         x = self.norm(x)
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)
 

@@ -30,7 +30,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,7 +62,7 @@ from data import (
     parse_input,
     read_records,
 )
-from generate import DTYPES, TINY, answer, pick_device, pick_dtype
+from generate import DTYPES, TINY, Sampling, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
 from memory import GPU, Tracker, explain_out_of_memory, predict
 from model import (
@@ -272,7 +271,6 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
         if not full:
             add_lora(model, *adapter, part=part)
         if config.compile and part:  # block by block: they are alike, so one compilation serves all
-            warnings.filterwarnings("ignore", message=".*complex operators")  # RoPE's one product stays as it is
             model.get_submodule(part).compile()
         if shard:
             shard(model.get_submodule(part))
@@ -697,7 +695,8 @@ class Exam:
         replies = []
         for dialog in self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]:
             limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
-            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], limit)).strip())
+            how = Sampling(max_new_tokens=limit)
+            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], how)).strip())
         self.model.train()
         return replies if self.together else self.workers.gather(replies)
 

@@ -1,7 +1,10 @@
 """What the tests share: a small random Llama, and Meta's way of cutting a checkpoint into shards."""
 
 import io
+import json
 import os
+import sys
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch: for models this small threads cost more than they bring, here and in subprocesses
@@ -15,7 +18,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before quant.py is imported: its kernels then run without a GPU, slowly
 
 from data import Tokenizer
-from model import Llama, ModelConfig, save_meta
+from generate import main
+from lora import add_lora, lora_parameters, save_adapter
+from model import Llama, ModelConfig, load_model, save_hf, save_meta, to_hf
 
 
 @pytest.fixture
@@ -91,3 +96,42 @@ def tokenizer_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_file):
     return Tokenizer(tokenizer_file)
+
+
+@pytest.fixture
+def base(tiny_llama, tokenizer_file, tmp_path):
+    """A folder with a whole model and its tokenizer."""
+    folder = tmp_path / "base"
+    save_hf(tiny_llama(vocab_size=340), folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """The folder of a LoRA run over `base`: an adapter that changes the answers, and a run.json."""
+    options = {"rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False}
+    model = add_lora(load_model(base), **options)
+    torch.manual_seed(1)
+    for weight in lora_parameters(model).values():
+        weight.data.normal_(std=0.3)
+    folder = tmp_path / "run"
+    save_adapter(model, folder, partial(to_hf, config=model.config), base_model=str(base), **options)
+    (folder / "run.json").write_text(json.dumps({"base_model": str(base), "template": "alpaca"}))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*argv) -> (exit code, stdout, stderr) of the program."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run

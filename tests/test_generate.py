@@ -9,12 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import generate as generate_module
 from data import TEMPLATES, DataError, encode_dialog
-from generate import GenerateConfig, answer, generate, load, main, pick_device, pick_dtype, sample, stream_text
-from lora import LoRAError, add_lora, load_adapter, lora_parameters, save_adapter
-from model import CheckpointError, from_hf, load_model, save_hf, to_hf
+from generate import (
+    GenerateConfig,
+    Sampling,
+    answer,
+    compile_decoding,
+    generate,
+    generate_batch,
+    load,
+    order_for_cpu,
+    pick_device,
+    pick_dtype,
+    sample,
+    text_stream,
+)
+from lora import LoRAError, load_adapter
+from model import CheckpointError, from_hf, load_model, save_hf
+from quant import CPULinear
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,11 +40,15 @@ PROMPT = [1, 17, 4, 93, 58, 21]
 # Tokens
 
 
+def say(model, prompt, n: int, stop_tokens=(), **how) -> list[int]:
+    return list(generate(model, prompt, Sampling(max_new_tokens=n, **how), stop_tokens=stop_tokens))
+
+
 def test_greedy_decoding_continues_as_transformers_did():
     expected = json.loads((GOLDEN / "greedy.json").read_text())
     model = load_model(GOLDEN / "model")
     assert len(expected["tokens"]) == 64
-    assert list(generate(model, expected["prompt"], 64)) == expected["tokens"]
+    assert say(model, expected["prompt"], 64) == expected["tokens"]
 
 
 @pytest.mark.live
@@ -41,14 +60,14 @@ def test_greedy_decoding_equals_transformers(tiny_llama, tmp_path, seed):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path).generate(
         torch.tensor([PROMPT]), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0
     )
-    assert list(generate(model, PROMPT, 64)) == theirs[0, len(PROMPT) :].tolist()
+    assert say(model, PROMPT, 64) == theirs[0, len(PROMPT) :].tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "textbook"])
 def test_the_cache_changes_no_token(tiny_llama, attention):
     """Each token is also chosen by a full pass over all before it. A model that always says the same would prove nothing."""
     model = tiny_llama(attention=attention)
-    tokens = list(generate(model, PROMPT, 40))
+    tokens = say(model, PROMPT, 40)
     with torch.no_grad():
         for n, token in enumerate(tokens):
             assert token == int(model(torch.tensor(PROMPT + tokens[:n]))[-1].argmax())
@@ -57,34 +76,124 @@ def test_the_cache_changes_no_token(tiny_llama, attention):
 
 def test_generate_stops_after_max_new_tokens_and_before_a_stop_id(tiny_llama):
     model = tiny_llama()
-    tokens = list(generate(model, PROMPT, 20))
-    assert [list(generate(model, PROMPT, n)) for n in (1, 7)] == [tokens[:1], tokens[:7]]
+    tokens = say(model, PROMPT, 20)
+    assert [say(model, PROMPT, n) for n in (1, 7)] == [tokens[:1], tokens[:7]]
     stop = tokens[9]
-    assert list(generate(model, PROMPT, 20, stop_ids=(95, stop))) == tokens[: tokens.index(stop)]
-    assert list(generate(model, PROMPT, 20, stop_ids=(tokens[0],))) == []
+    assert say(model, PROMPT, 20, stop_tokens=(95, stop)) == tokens[: tokens.index(stop)]
+    assert say(model, PROMPT, 20, stop_tokens=(tokens[0],)) == []
 
 
 def test_an_answer_ends_at_the_window_and_a_prompt_that_fills_it_is_refused(tiny_llama):
     model = tiny_llama(max_seq_len=len(PROMPT) + 3)
-    assert len(list(generate(model, PROMPT, 100))) == 3
-    assert len(list(generate(model, [*PROMPT, 5, 5], 100))) == 1
+    assert len(say(model, PROMPT, 100)) == 3
+    assert len(say(model, [*PROMPT, 5, 5], 100)) == 1
     with pytest.raises(DataError, match=r"the prompt has 9 tokens and the model's window 9: nothing is left for an answer"):
-        next(generate(model, [*PROMPT, 5, 5, 5], 1))
+        next(generate(model, [*PROMPT, 5, 5, 5], Sampling(max_new_tokens=1)))
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(tiny_llama):
     model = tiny_llama()
 
     def ask(seed):
-        return list(generate(model, PROMPT, 30, temperature=1.5, generator=torch.Generator().manual_seed(seed)))
+        return say(model, PROMPT, 30, temperature=1.5, seed=seed)
 
     assert ask(1) == ask(1)
     assert ask(1) != ask(2)
 
 
+def together(model, prompts, n: int, **how) -> list[list[int]]:
+    said = [[] for _ in prompts]
+    for index, token in generate_batch(model, prompts, Sampling(max_new_tokens=n, **how)):
+        said[index].append(token)
+    return said
+
+
+PROMPTS = [PROMPT, [1, 5], [7] * 21, [1, 80, 3, 3, 64, 9, 2, 71, 33], [40]]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("attention", ["sdpa", "textbook"])
+def test_what_a_sequence_says_does_not_depend_on_the_others(tiny_llama, attention, how):
+    """Sequence i beside four others says what it says beside empty talk, and sequence 0 what it says alone."""
+    model = tiny_llama(attention=attention)
+    said = together(model, PROMPTS, 40, **how)
+    assert said[0] == say(model, PROMPT, 40, **how)
+    for index, prompt in enumerate(PROMPTS):
+        assert together(model, [[9]] * index + [prompt], 40, **how)[index] == said[index]
+    assert together(model, PROMPTS[:3], 40, **how) == said[:3]
+    assert len(set(map(tuple, said))) == len(PROMPTS)
+
+
+def test_of_the_same_prompt_many_times_each_answer_is_drawn_anew(tiny_llama):
+    model = tiny_llama()
+    said = together(model, [PROMPT] * 4, 20, temperature=1.5)
+    assert len(set(map(tuple, said))) == 4
+    assert together(model, [PROMPT] * 4, 20, temperature=1.5, seed=1)[0] != said[0]
+    assert len(set(map(tuple, together(model, [PROMPT] * 4, 20)))) == 1  # greedy: all the same
+
+
+def test_a_sequence_that_ends_leaves_and_the_others_go_on(tiny_llama):
+    model = tiny_llama(max_seq_len=len(PROMPTS[2]) + 9)  # ends one at the window
+    whole = [say(model, prompt, 20) for prompt in PROMPTS]
+    assert len(whole[2]) == 9 and len(whole[0]) == 20
+    assert together(model, PROMPTS, 20) == whole
+    stop, finished, said = whole[0][5], set(), [[] for _ in PROMPTS]
+    for index, token in generate_batch(model, PROMPTS, Sampling(max_new_tokens=20), stop_tokens=(stop,), finished=finished):
+        said[index].append(token)
+        if index == 3 and len(said[3]) == 2:
+            finished.add(3)  # the caller has read enough
+    for index, tokens in enumerate(said):
+        expected = whole[index][: whole[index].index(stop)] if stop in whole[index] else whole[index]
+        assert tokens == (expected[:2] if index == 3 else expected)
+    assert finished == set(range(5))
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tiny_llama, monkeypatch, how):
+    """The whole step is captured, sampling included, once for all answers to as many prompts: nothing is compiled again."""
+    model, counter = tiny_llama(max_seq_len=300), CompileCounter()
+    plain = [together(model, PROMPTS[:3], n, **how) for n in (40, 9)]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    compile_decoding(model)
+    assert [together(model, PROMPTS[:3], n, **how) for n in (40, 9)] == plain
+    cache = model.free_cache
+    stop, finished = plain[0][0][5], set()
+    for index, token in generate_batch(model, PROMPTS[:3], Sampling(max_new_tokens=40, **how), stop_tokens=(stop,)):
+        finished.add((index, token))
+    assert all(token != stop for _, token in finished) and model.free_cache is cache
+    next(answers := generate_batch(model, PROMPTS[:3], Sampling(**how)))
+    next(generate_batch(model, PROMPTS[:3], Sampling(**how)))  # at the same time: a cache of its own
+    assert counter.frame_count == 1
+    answers.close()
+
+
+def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama):
+    model = tiny_llama(dim=64, hidden_dim=160, vocab_size=340).bfloat16()
+    if not CPULinear.helps(model.output.weight):
+        pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
+    tokens = torch.tensor(PROMPTS[3])
+    with torch.no_grad():
+        before, said = model(tokens), say(model, PROMPT, 4)
+        kept = {name: weight.clone() for name, weight in model.named_parameters()}
+        order_for_cpu(model)
+        assert (model(tokens) - before).abs().max() < 0.05 * before.abs().max()
+        assert type(model.output) is type(model.layers[0].feed_forward.w2) is CPULinear
+        assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
+    assert say(model, PROMPT, 4) == said
+    assert (CPULinear.helps(kept["norm.weight"].float())) is False
+
+
+def test_of_several_prompts_one_that_is_empty_or_fills_the_window_is_refused(tiny_llama):
+    model = tiny_llama(max_seq_len=9)
+    for prompt, said in (([], "the prompt has no tokens"), ([5] * 9, "the prompt has 9 tokens and the model's window 9")):
+        with pytest.raises(DataError, match=said):
+            next(generate_batch(model, [PROMPT, prompt], Sampling()))
+
+
 def test_between_two_tokens_gradients_are_as_they_were(tiny_llama):
     """train.py asks for answers in the middle of training: inference mode must not outlive the step that makes a token."""
-    tokens = generate(tiny_llama(), PROMPT, 3)
+    tokens = generate(tiny_llama(), PROMPT, Sampling(max_new_tokens=3))
     next(tokens)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
@@ -96,10 +205,10 @@ def test_between_two_tokens_gradients_are_as_they_were(tiny_llama):
 PROBS = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])
 
 
-def draw(n: int, temperature=1.0, top_k=0, top_p=1.0, logits=None) -> Counter:
-    generator = torch.Generator().manual_seed(0)
+def draw(n: int, temperature=1.0, logits=None, **how) -> Counter:
     logits = PROBS.log() + 3 if logits is None else logits  # a constant changes no probability
-    return Counter(sample(logits, temperature, top_k, top_p, generator) for _ in range(n))
+    draws = 1 - torch.rand(n, generator=torch.Generator().manual_seed(0))
+    return Counter(sample(logits.expand(n, -1), Sampling(temperature=temperature, **how), draws).tolist())
 
 
 def assert_drawn_from(counts: Counter, probs: torch.Tensor):
@@ -111,7 +220,6 @@ def assert_drawn_from(counts: Counter, probs: torch.Tensor):
 
 def test_temperature_0_is_the_likeliest_token():
     assert draw(20, temperature=0) == {1: 20}
-    assert draw(20, temperature=0, top_k=3, top_p=0.1) == {1: 20}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -154,6 +262,59 @@ def test_top_p_supports_equal_the_definition_on_random_logits():
         assert set(draw(1000, top_p=0.7, logits=logits)) == kept
 
 
+@pytest.mark.parametrize(("p", "kept"), [(0.124, range(5)), (0.126, [0, 1, 3, 4]), (0.374, [0, 1, 3]), (0.76, [1]), (1, [1])])
+def test_min_p_keeps_what_has_that_share_of_the_likeliest_ones_probability(p, kept):
+    """0.4 is the largest: 0.05 stays up to a min-p of 0.125, 0.1 up to 0.25, 0.15 up to 0.375, 0.3 up to 0.75."""
+    expected = torch.zeros(5)
+    expected[list(kept)] = PROBS[list(kept)] / PROBS[list(kept)].sum()
+    assert_drawn_from(draw(3000, min_p=p), expected)
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_what_was_there():
+    logits, seen = torch.tensor([2.0, -1.0, 1.5, -2.0]), torch.tensor([True, True, False, False])
+    expected = torch.tensor([2 / 1.6, -1 * 1.6, 1.5, -2.0]).softmax(0)
+    draws = 1 - torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    how = Sampling(temperature=1, repetition_penalty=1.6)
+    assert_drawn_from(Counter(sample(logits.expand(4000, -1), how, draws, seen.expand(4000, -1)).tolist()), expected)
+    greedy = Sampling(repetition_penalty=1.6)
+    assert sample(logits[None], greedy, draws[:1], seen[None]).tolist() == [2]
+    assert sample(logits[None], greedy, draws[:1], ~seen[None]).tolist() == [0]
+
+
+def test_the_prompts_tokens_count_as_having_been_there(tiny_llama):
+    """With a penalty beyond measure a token comes again only when all have been there."""
+    tokens = say(tiny_llama(), PROMPT, 40, repetition_penalty=1e9)
+    assert len(set(tokens) | set(PROMPT)) == 46
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("seed", range(6))
+def test_the_rules_together_keep_what_transformers_keeps(seed):
+    """Its logits processors in its order; all of a fine comb of draws, so that every token that can be drawn is."""
+    from transformers.generation import logits_process as theirs
+
+    generator = torch.Generator().manual_seed(seed)
+    logits, prompt = torch.randn(1, 50, generator=generator) * 3, torch.randint(0, 50, (1, 12), generator=generator)
+    how = {"temperature": 0.8, "top_k": [0, 20][seed % 2], "top_p": [0.9, 1.0, 0.8][seed % 3], "min_p": [0, 0.02][seed // 3]}
+    scores = theirs.RepetitionPenaltyLogitsProcessor(1.3)(prompt, logits)
+    scores = theirs.TemperatureLogitsWarper(how["temperature"])(prompt, scores)
+    scores = theirs.TopKLogitsWarper(how["top_k"])(prompt, scores) if how["top_k"] else scores
+    scores = theirs.TopPLogitsWarper(how["top_p"])(prompt, scores)
+    scores = theirs.MinPLogitsWarper(how["min_p"])(prompt, scores) if how["min_p"] else scores
+    seen = torch.zeros(1, 50, dtype=torch.bool)
+    seen[0, prompt[0]] = True
+    n = 200_000
+    comb = (torch.arange(n) + 1) / n
+    drawn = sample(logits.expand(n, -1), Sampling(repetition_penalty=1.3, **how), comb, seen.expand(n, -1))
+    assert torch.allclose(drawn.bincount(minlength=50) / n, scores.softmax(-1)[0], atol=2e-5)
+
+
+def test_no_token_of_probability_0_is_drawn_at_either_end_of_the_line():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    for draw, token in ((1e-38, 1), (2**-25, 1), (0.5, 1), (0.5001, 3), (1.0, 3)):
+        assert sample(logits, Sampling(temperature=1), torch.tensor([draw])).tolist() == [token]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -169,7 +330,7 @@ TEXT = "I said: 🙂, 👩‍👩‍👧!\n\n日本 ok é\t end "
 @pytest.mark.parametrize("way", ["pieces", "bytes"])
 def test_streamed_text_is_the_whole_text_and_never_half_a_character(tokenizer, way):
     ids = as_bytes(TEXT) if way == "bytes" else tokenizer.encode(TEXT)
-    parts = list(stream_text(iter(ids), tokenizer))
+    parts = list(text_stream(tokenizer, iter(ids)))
     assert "".join(parts) == TEXT
     assert not any("\ufffd" in part for part in parts)
     assert len(parts) > 20  # it does stream
@@ -177,17 +338,17 @@ def test_streamed_text_is_the_whole_text_and_never_half_a_character(tokenizer, w
 
 def test_text_is_written_as_soon_as_its_character_is_whole(tokenizer):
     ids, fed = as_bytes("a🙂b"), []
-    written = stream_text((fed.append(i) or i for i in ids), tokenizer)
+    written = text_stream(tokenizer, (fed.append(i) or i for i in ids))
     assert [(next(written), len(fed)) for _ in range(3)] == [("a", 1), ("🙂", 5), ("b", 6)]
 
 
 @pytest.mark.parametrize("n", range(1, 5))
 def test_an_answer_cut_inside_a_character_ends_before_it(tokenizer, n):
-    assert "".join(stream_text(iter(as_bytes("ab🙂")[: 2 + n]), tokenizer)) == ("ab" if n < 4 else "ab🙂")
+    assert "".join(text_stream(tokenizer, iter(as_bytes("ab🙂")[: 2 + n]))) == ("ab" if n < 4 else "ab🙂")
 
 
 def test_bytes_that_are_no_character_are_shown_as_such_and_stop_nothing(tokenizer):
-    parts = list(stream_text(iter([*as_bytes("a"), 3 + 0xFF, *as_bytes("b")]), tokenizer))
+    parts = list(text_stream(tokenizer, iter([*as_bytes("a"), 3 + 0xFF, *as_bytes("b")])))
     assert "".join(parts) == "a\ufffdb"
 
 
@@ -209,12 +370,12 @@ def test_bytes_that_are_no_character_are_shown_as_such_and_stop_nothing(tokenize
 )
 def test_text_ends_before_a_stop_string_however_the_tokens_cut_it(tokenizer, way, text, stop, shown):
     ids = as_bytes(text) if way == "bytes" else tokenizer.encode(text)
-    assert "".join(stream_text(iter(ids), tokenizer, stop)) == shown
+    assert "".join(text_stream(tokenizer, iter(ids), stop)) == shown
 
 
 def test_nothing_is_generated_after_a_stop_string(tokenizer):
     ids, fed = as_bytes("Yes.###" + "x" * 50), []
-    list(stream_text((fed.append(i) or i for i in ids), tokenizer, ("###",)))
+    list(text_stream(tokenizer, (fed.append(i) or i for i in ids), ("###",)))
     assert len(fed) == len("Yes.###")
 
 
@@ -225,13 +386,13 @@ def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(toke
     dialog = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Code?"}]
     trained, _ = encode_dialog([*dialog, {"role": "assistant", "content": reply}], tokenizer, TEMPLATES[template])
 
-    def stand_in(model, prompt, max_new_tokens, *, stop_ids, temperature):
+    def stand_in(model, prompt, sampling, *, stop_tokens):
         assert trained[: len(prompt)] == prompt
-        assert (max_new_tokens, stop_ids, temperature) == (9, (2,), 0.5)
-        yield from (token for token in trained[len(prompt) :] if token not in stop_ids)
+        assert (sampling, stop_tokens) == (Sampling(max_new_tokens=9), (2,))
+        yield from (token for token in trained[len(prompt) :] if token not in stop_tokens)
 
     monkeypatch.setattr(generate_module, "generate", stand_in)
-    text = "".join(answer(None, tokenizer, TEMPLATES[template], dialog, 9, temperature=0.5))
+    text = "".join(answer(None, tokenizer, TEMPLATES[template], dialog, Sampling(max_new_tokens=9)))
     assert text == TEMPLATES[template].assistant.format(assistant=reply.strip())
 
 
@@ -239,31 +400,9 @@ def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(toke
 # Folders
 
 
-@pytest.fixture
-def base(tiny_llama, tokenizer_file, tmp_path):
-    """A folder with a whole model and its tokenizer."""
-    folder = tmp_path / "base"
-    save_hf(tiny_llama(vocab_size=340), folder)
-    (folder / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
-    return folder
-
-
-@pytest.fixture
-def adapter(base, tmp_path):
-    """The folder of a LoRA run over `base`: an adapter that changes the answers, and a run.json."""
-    options = {"rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False}
-    model = add_lora(load_model(base), **options)
-    torch.manual_seed(1)
-    for weight in lora_parameters(model).values():
-        weight.data.normal_(std=0.3)
-    folder = tmp_path / "run"
-    save_adapter(model, folder, partial(to_hf, config=model.config), base_model=str(base), **options)
-    (folder / "run.json").write_text(json.dumps({"base_model": str(base), "template": "alpaca"}))
-    return folder
-
-
 def config(**flags) -> GenerateConfig:
-    return GenerateConfig(**{"device": "cpu", **{name: str(value) for name, value in flags.items()}})
+    flags = {name: (str(value),) if name == "adapter" else str(value) for name, value in flags.items()}
+    return GenerateConfig(**{"device": "cpu", **flags})
 
 
 def test_the_folder_of_a_full_run_knows_its_tokenizer_and_template(base):
@@ -373,29 +512,13 @@ def test_auto_takes_what_the_machine_has(monkeypatch):
 # The program
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*argv) -> (exit code, stdout, stderr) of the program."""
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer):
     argv = ("--model", base, "--prompt", "Where?", "--system", "Be brief.", "--max_new_tokens", 12, "--device", "cpu")
     code, out, err = run(*argv)
     prompt = tokenizer.encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhere? [/INST]", bos=True)
-    tokens = list(generate(load_model(base), prompt, 12, stop_ids=(2,)))
+    tokens = say(load_model(base), prompt, 12, stop_tokens=(2,))
     assert code == 0
-    assert out == "".join(stream_text(iter(tokens), tokenizer)) + "\n"
+    assert out == "".join(text_stream(tokenizer, iter(tokens))) + "\n"
     assert err.strip().startswith(f"[{len(tokens)} tokens, ")
     warm = (*argv, "--temperature", 2)
     assert run(*warm)[1] == run(*warm)[1] != run(*warm, "--seed", 1)[1]
@@ -409,7 +532,6 @@ def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], 'nothing to answer: pass --prompt "..."'),
         (["--prompt", "x", "--model", "absent"], "no model at absent: it is not a folder"),
         (["--prompt", "x", "--adapter", "absent"], "no adapter in absent"),
         (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
@@ -417,6 +539,9 @@ def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
         (["--prompt", "x", "--temperature", "nan"], "--temperature must be 0 or more, not nan"),
         (["--prompt", "x", "--top_k", "-3"], "--top_k must be 0 or more, not -3"),
         (["--prompt", "x", "--top_p", "0"], "--top_p must be above 0 and at most 1, not 0.0"),
+        (["--prompt", "x", "--min_p", "2"], "--min_p must be from 0 to 1, not 2.0"),
+        (["--prompt", "x", "--repetition_penalty", "0"], "--repetition_penalty must be above 0, not 0.0"),
+        (["--prompt", "x", "--top_p", "0.5"], "--temperature 0 always takes the likeliest"),
         (["--prompt", "x", "--top_p", "1.1"], "--top_p must be above 0 and at most 1, not 1.1"),
         (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--promt", "x"], "unknown argument --promt, did you mean --prompt?"),
@@ -437,6 +562,7 @@ def test_a_prompt_longer_than_the_window_ends_with_code_2_and_one_line(run, tiny
 
 
 def test_as_a_process_it_ends_the_same_way():
-    done = subprocess.run([sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "generate.py", "--prompt", "x", "--model", "absent"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == 'generate.py: nothing to answer: pass --prompt "..."\n'
+    assert done.stderr == "generate.py: no model at absent: it is not a folder\n"

@@ -13,7 +13,7 @@ from torch import nn
 import generate as generate_script
 import quant as quant_module
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
-from generate import GenerateConfig, load
+from generate import GenerateConfig, Sampling, generate, load
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
 from model import CheckpointError, load_model, save_hf, save_meta, to_hf
 from quant import (
@@ -378,7 +378,7 @@ def test_a_trained_model_packed_here_says_the_same_in_transformers(tmp_path):
     for line in (REPOSITORY / "tiny" / "held_out.jsonl").read_text().splitlines()[:8]:
         prompt = [1, *tokenizer.encode(json.loads(line)["messages"][0]["content"].split("?")[0])]
         said = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert list(generate_script.generate(model, prompt, 24)) == said[0, len(prompt) :].tolist()
+        assert list(generate(model, prompt, Sampling(max_new_tokens=24))) == said[0, len(prompt) :].tolist()
 
 
 @pytest.mark.live
@@ -527,7 +527,7 @@ def test_merge_writes_a_whole_model_that_answers_as_the_adapter_did(base, settin
     )
     generate_script.main()
     changed = float(capsys.readouterr().out.split()[-1])
-    adapted, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    adapted, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     merged, tokenizer, _ = load(GenerateConfig(model=str(base / "merged"), device="cpu"))
     tokens = torch.arange(3, 60)
     exact = settings["method"] == "lora"
@@ -555,9 +555,9 @@ def learns_and_resumes_exactly(base, settings):
 @pytest.mark.parametrize(("settings", "kind"), [({"method": "qlora"}, NF4Linear), ({"quantize": "int8"}, Int8Linear)])
 def test_a_quantised_run_trains_resumes_and_is_asked_as_it_was_trained(base, settings, kind):
     learns_and_resumes_exactly(base, settings)
-    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    model, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     assert isinstance(model.layers[0].attention.wq.base, kind)
-    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu", quantize="none"))
+    model, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu", quantize="none"))
     assert isinstance(model.layers[0].attention.wq.base, nn.Linear)
 
 

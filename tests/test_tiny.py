@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data import Tokenizer
-from generate import generate
+from generate import Sampling, generate
 from model import load_model
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -73,7 +73,8 @@ def test_the_base_knows_the_facts_that_it_will_be_asked_for(world):
                 told = make.TELLINGS[kind][0].format(name=person["name"], value=person["facts"][kind])
                 begin = told[: told.rindex(person["facts"][kind])].rstrip()
                 ids = tokenizer.encode(begin, bos=True)
-                text = tokenizer.decode(ids[1:] + list(generate(model, ids, 12, stop_ids=(tokenizer.eos_id,))))
+                said = generate(model, ids, Sampling(max_new_tokens=12), stop_tokens=(tokenizer.eos_id,))
+                text = tokenizer.decode(ids[1:] + list(said))
                 right += text.startswith(told)
                 asked += 1
         return right / asked

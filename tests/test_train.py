@@ -239,7 +239,7 @@ def test_a_full_run_saves_the_model_it_trained_and_generate_finds_its_template(b
 
 def test_generate_finds_the_base_and_the_adapter_of_a_lora_run(base):
     run(base)
-    model, _, _ = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    model, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     state = saved(base / "run" / "checkpoint-6")
     own = dict(model.named_parameters())
     assert len(state["weights"]) == 2 * 7 * 2  # A and B of seven linears in two layers
@@ -814,7 +814,7 @@ def test_a_run_on_cached_tokens_weights_and_a_template_of_ones_own(base, tmp_pat
     monkeypatch.setattr("preparing.cache.write_tokens", None)
     assert [row["loss"] for row in run(base, **more) if "loss" in row] == first
     own.unlink()
-    _, _, template = load(GenerateConfig(adapter=str(base / "run"), device="cpu"))
+    _, _, template = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
     assert template.user == "Q: {user}"
 
 

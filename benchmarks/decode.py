@@ -1,0 +1,184 @@
+"""Decoding here beside transformers.generate: the same weights, the same prompts, in turns.
+
+    python benchmarks/decode.py [--preset 125m|1b] [--device cuda] [--quantize none int8 nf4] [--batch 1 8] [--compile]
+
+Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way. A turn is an
+answer of --new_tokens tokens to each of --batch prompts of 32 random tokens, greedy, the prompts included; the fastest of several
+turns counts. GB/s: the bytes of all weights but the embedding's, which a step reads once, times steps a second; beside it that of
+a plain bf16 product of one row with matrices of w1's shape, 600 MB of them, so that none is in the cache. --compile adds
+transformers with its static cache and torch.compile, and ours with --compile; what compiling took is printed with the rest."""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import PRESETS, load_model, random_model, save_hf  # noqa: E402
+
+
+def prompts(batch: int) -> torch.Tensor:
+    return torch.randint(3, 32000, (batch, 32), generator=torch.Generator().manual_seed(0))
+
+
+def ours(options, quantize: str, compiled: bool):
+    """(a function of the batch size, bytes of weights a step reads)"""
+    from generate import Sampling, compile_decoding, generate_batch, order_for_cpu
+    from quant import QUANTIZERS
+
+    model = load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=QUANTIZERS[quantize]).eval()
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
+    (compile_decoding if compiled else order_for_cpu)(model)
+    sampling = Sampling(max_new_tokens=options.new_tokens)
+
+    def answer(batch):
+        return len(list(generate_batch(model, prompts(batch).tolist(), sampling)))
+
+    return answer, weights
+
+
+def theirs(options, quantize: str, compiled: bool):
+    """What the library's documentation shows; 4 bits with bitsandbytes; compiled with the static cache."""
+    import transformers
+
+    how = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": options.device}}
+    if quantize != "none":
+        bits = {"load_in_8bit": True} if quantize == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        if quantize == "nf4":
+            bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, **how).eval()
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    how |= {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+    if compiled:
+        how["compile_config"] = transformers.CompileConfig(mode="reduce-overhead" if options.device == "cuda" else "default")
+        how["compile_config"]._compile_all_devices = True
+        how["cache_implementation"] = "static"
+
+    def answer(batch):
+        ids = prompts(batch).to(options.device)
+        with torch.inference_mode():
+            return (model.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, 32:]).numel()
+
+    return answer, weights
+
+
+def product(options, *_):
+    """The plain product: its "answer" is one pass over the matrices."""
+    config = PRESETS[options.preset]
+    count = max(1, 600_000_000 // (2 * config.dim * config.hidden_dim))
+    weights = [torch.randn(config.hidden_dim, config.dim, device=options.device).bfloat16() for _ in range(count)]
+    x = torch.randn(1, config.dim, device=options.device).bfloat16()
+
+    def answer(batch):
+        for weight in weights:
+            F.linear(x, weight)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return 1
+
+    return torch.inference_mode()(answer), sum(weight.nbytes for weight in weights)
+
+
+def contestant(options) -> None:
+    """Say the bytes of the weights, then answer every line on stdin, a batch size, with the seconds of a turn and its tokens."""
+    kind, quantize, how = options.who.split(":")
+    answer, weights = {"ours": ours, "theirs": theirs, "product": product}[kind](options, quantize, how == "compiled")
+    print(json.dumps({"weights": weights}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        tokens = answer(int(line))
+        print(json.dumps({"seconds": time.perf_counter() - began, "tokens": tokens}), flush=True)
+
+
+def compare(options) -> None:
+    people = ["product::"]
+    for quantize in options.quantize:
+        for how in ("", "compiled") if options.compile and quantize == "none" else ("",):
+            people += [f"ours:{quantize}:{how}"]
+            if quantize == "none" or options.device == "cuda" or options.bitsandbytes:
+                people += [f"theirs:{quantize}:{how}"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder, "--who"]
+    processes = {
+        who: subprocess.Popen([*command, who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for who in people
+    }
+
+    def heard(who):
+        while line := processes[who].stdout.readline():
+            if line.startswith("{"):  # libraries print on stdout as well
+                return json.loads(line)
+        raise SystemExit(f"{who} stopped; see above")
+
+    weights = {who: heard(who)["weights"] for who in people}
+    best, first = {}, {}
+    for turn in range(options.rounds + 1):  # the first turn compiles and warms up
+        for who, process in processes.items():
+            for batch in options.batch if who != "product::" else [1]:
+                process.stdin.write(f"{batch}\n")
+                process.stdin.flush()
+                said = heard(who)
+                key = (who, batch)
+                if turn == 0:
+                    first[key] = said["seconds"]
+                elif said["seconds"] < best.get(key, (math.inf,))[0]:
+                    best[key] = said["seconds"], said["tokens"]
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+
+    plain = weights["product::"] / best["product::", 1][0] / 1e9
+    print(f"plain bf16 product of one row: {plain:.1f} GB/s\n")
+    print("| | batch | tokens/s | GB/s of weights | of the plain product | first turn, s | to transformers, bf16 |")
+    print("|---|---|---|---|---|---|---|")
+    rate = {key: tokens / seconds for key, (seconds, tokens) in best.items()}
+    for batch in options.batch:
+        fastest = max((rate[who, batch] for who in people if who.startswith("theirs:none")), default=math.nan)
+        for who in people[1:]:
+            kind, quantize, how = who.split(":")
+            name = f"{kind}, {'bf16' if quantize == 'none' else quantize}{', compiled' if how else ''}"
+            speed = weights[who] * rate[who, batch] / batch / 1e9
+            print(
+                f"| {name} | {batch} | {rate[who, batch]:.1f} | {speed:.1f} | {speed / plain:.0%} | {first[who, batch]:.1f} | "
+                f"{rate[who, batch] / fastest:.2f} |",
+                flush=True,
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Decoding here and with transformers.generate, in turns.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--preset", choices=PRESETS, default="125m")
+    parser.add_argument("--quantize", nargs="+", choices=("none", "int8", "nf4"), default=["none"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each that count")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, both sides")
+    parser.add_argument("--bitsandbytes", action="store_true", help="also transformers + bitsandbytes on a CPU")
+    for internal in ("--folder", "--who"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.who:
+        return contestant(options)
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = options.folder or folder
+        if options.folder == folder:
+            torch.manual_seed(0)
+            save_hf(random_model(PRESETS[options.preset], device="cpu", dtype=torch.bfloat16), folder)
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, bf16, "
+            f"{options.new_tokens} tokens after 32"
+        )
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
