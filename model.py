@@ -35,7 +35,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 warnings.filterwarnings("ignore", message=".*complex operators")  # torch.compile's, of two views of RoPE's table
 
 
