@@ -1,6 +1,6 @@
 """The two pictures of README.md, from the logs beside this file (pip install matplotlib):
 
-python train.py --method lora --output_dir runs/lora        its log.jsonl is lora.jsonl here
+python train.py --method lora --logging_steps 5 --eval_steps 20        its log.jsonl is lora.jsonl here
 python memory.py --model 7b ... --json                      one line of memory.jsonl for each step down, by `--count`
 python pictures/make.py                                     loss.png and memory.png
 """
