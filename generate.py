@@ -81,6 +81,10 @@ class GenerateConfig(Sampling):
     # What is asked
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
+    latency: bool = (
+        False  # instead of answering: 100 runs of exactly 50 tokens, as a table and in latency.jsonl of the run's folder
+    )
+    out: str | None = None  # the JSONL file for --latency, if another
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
 
@@ -338,12 +342,19 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
 def main():
     try:
         config = GenerateConfig(**parse_flags(GenerateConfig, "Ask a model, before or after fine-tuning."))
-        if not config.prompt and not config.merge and not config.save:
+        if not (config.prompt or config.latency or config.merge or config.save):
             raise DataError('nothing to answer: pass --prompt "..."')
         for flag in ("merge", "save"):
             if getattr(config, flag) and Path(getattr(config, flag)).exists():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
         model, tokenizer, template = load(config)
+        if config.latency:
+            from talking.latency import report  # here, as it imports this file
+
+            folder = Path(config.adapter or config.model or ".")
+            text = config.prompt or "Which animal does Pena Marmond keep?"
+            report(model, tokenizer, template, text, Path(config.out or folder / "latency.jsonl"), name=folder.resolve().name)
+            return
         if config.merge:
             difference = save_merged(model, tokenizer, Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
@@ -372,4 +383,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import generate  # the module that talking/ imports, not a second copy of it
+
+    generate.main()

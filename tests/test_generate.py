@@ -29,7 +29,7 @@ from generate import (
     text_stream,
 )
 from lora import LoRAError, add_lora, load_adapter, lora_parameters, save_adapter
-from model import CheckpointError, from_hf, load_model, save_hf, to_hf
+from model import CheckpointError, Llama, from_hf, load_model, save_hf, to_hf
 from quant import CPULinear
 
 ROOT = Path(__file__).parents[1]
@@ -566,6 +566,33 @@ def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer)
 def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
     monkeypatch.setattr(generate_module, "TINY", base)
     assert run("--prompt", "Where?", "--max_new_tokens", 1)[0] == 0
+
+
+def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table(run, base, monkeypatch, tmp_path):
+    """Every run has 50 tokens, though an end token would have come: each is 49 steps after the prompt's pass."""
+    monkeypatch.setattr("talking.latency.RUNS", 3)
+    monkeypatch.setattr("talking.latency.copy_bandwidth", lambda device: 1e9)
+    steps, forward = [], Llama.forward
+    monkeypatch.setattr(
+        Llama, "forward", lambda self, tokens, *args, **how: steps.append(1) or forward(self, tokens, *args, **how)
+    )
+    assert run("--model", base, "--latency", "--device", "cpu")[0] == 0
+    assert len(steps) == 4 * 50
+    code, out, _ = run("--model", base, "--latency", "--device", "cpu", "--dtype", "bf16", "--quantize", "int8")
+    lines = [json.loads(line) for line in (base / "latency.jsonl").read_text().splitlines()]
+    assert [(line["dtype"], line["quantize"], line["new_tokens"]) for line in lines] == [
+        ("float32", "none", 50),
+        ("bfloat16", "int8", 50),
+    ]
+    for line in lines:
+        assert 0 < line["first_s"] < line["seconds"]
+        assert line["tokens_per_s"] == pytest.approx(49 / (line["seconds"] - line["first_s"]))
+        assert line["gb_per_s"] == pytest.approx(line["weights_bytes"] * line["tokens_per_s"] / 1e9)
+    model = load_model(base)
+    assert lines[0]["weights_bytes"] == 4 * (sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel())
+    assert code == 0 and out.count("| base |") == 2 and "int8, bfloat16" in out
+    assert run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
