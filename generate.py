@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS, CPULinear
+from quant import QUANTIZERS, order_for_cpu
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -262,14 +262,6 @@ def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[
     return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
 
 
-def order_for_cpu(model: Llama) -> Llama:
-    """Lay bf16 weights out as a CPU's products read them (quant.CPULinear), in place, one at a time. Returns the model."""
-    for path, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and CPULinear.helps(module.weight):
-            model.set_submodule(path, CPULinear(module.weight))
-    return model
-
-
 def read_json(path: Path) -> dict:
     """What the file holds; nothing if there is no such file."""
     try:
@@ -351,9 +343,7 @@ def main():
         if config.latency:
             from talking.latency import report  # here, as it imports this file
 
-            folder = Path(config.adapter or config.model or ".")
-            text = config.prompt or "Which animal does Pena Marmond keep?"
-            report(model, tokenizer, template, text, Path(config.out or folder / "latency.jsonl"), name=folder.resolve().name)
+            report(model, tokenizer, template, config)
             return
         if config.merge:
             difference = save_merged(model, tokenizer, Path(config.merge))

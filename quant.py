@@ -506,6 +506,14 @@ class CPULinear(FrozenLinear):
         return self.weight.data.to_dense().to(dtype)
 
 
+def order_for_cpu(model: nn.Module) -> nn.Module:
+    """Make every bf16 linear a CPULinear where that helps, in place, one at a time. Returns the model."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and CPULinear.helps(module.weight):
+            model.set_submodule(path, CPULinear(module.weight))
+    return model
+
+
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}
 
 

@@ -84,9 +84,11 @@ def measure(model, tokenizer, template, text: str) -> dict:
     }
 
 
-def report(model, tokenizer, template, text: str, path: Path, name: str) -> None:
-    """Measure, append the line to the JSONL `path` under the model's name, and print all its lines as a table."""
-    line = {"model": name} | measure(model, tokenizer, template, text)
+def report(model, tokenizer, template, config) -> None:
+    """Append a measurement to --out, or latency.jsonl in the folder of run or model, and print all its lines as a table."""
+    folder = Path(config.adapter or config.model or ".")
+    path, text = Path(config.out or folder / "latency.jsonl"), config.prompt or "Which animal does Pena Marmond keep?"
+    line = {"model": folder.resolve().name} | measure(model, tokenizer, template, text)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print("| model | weights | compiled | device | 50 tokens, s | first token, s | tokens/s | GB/s | of a copy | peak GB |")

@@ -22,7 +22,6 @@ from generate import (
     generate_batch,
     load,
     main,
-    order_for_cpu,
     pick_device,
     pick_dtype,
     sample,
@@ -30,7 +29,7 @@ from generate import (
 )
 from lora import LoRAError, add_lora, load_adapter, lora_parameters, save_adapter
 from model import CheckpointError, Llama, from_hf, load_model, save_hf, to_hf
-from quant import CPULinear
+from quant import CPULinear, order_for_cpu
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
