@@ -496,6 +496,16 @@ def test_folders_that_are_not_what_they_are_passed_as_are_refused(base, adapter,
         load(config(adapter=adapter))
 
 
+@pytest.mark.parametrize("sizes", [{"dim": 64}, {"n_layers": 1}, {"hidden_dim": 40}])
+def test_an_adapter_for_another_model_is_refused_in_one_sentence(run, tiny_llama, tokenizer_file, adapter, tmp_path, sizes):
+    other = tmp_path / "other"
+    save_hf(tiny_llama(vocab_size=340, **sizes), other)
+    (other / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    code, out, err = run("--adapter", adapter, "--model", other, "--prompt", "x", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "the adapter in" in err and " layers." in err
+
+
 @pytest.mark.parametrize("name", ["run.json", "adapter_config.json"])
 def test_a_settings_file_that_is_cut_short_is_refused_by_name(adapter, name):
     (adapter / "run.json").write_text("{}")
