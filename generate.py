@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS, CPULinear
+from quant import QUANTIZERS, order_for_cpu
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,12 +84,15 @@ class GenerateConfig(Sampling):
     prompt: str | None = None  # the user's message
     system: str | None = None  # a system message before it
     prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
-    out: str | None = None  # the JSONL file for the answers to --prompts; those that are there already are not made again
+    out: str | None = None  # the JSONL file for the answers to --prompts, which goes on where it ends; or for --latency's figures
     batch_size: int = 8  # so many prompts of the file are answered together
     samples: int = 1  # answers to each prompt, with other random numbers each
     web: bool = False  # a chat in the browser
     port: int = 7860  # of the page
     host: str = "127.0.0.1"  # who can open the page: this machine alone; 0.0.0.0: whoever can reach it
+    latency: bool = (
+        False  # instead of answering: 100 runs of exactly 50 tokens, as a table and in latency.jsonl of the run's folder
+    )
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
 
@@ -270,14 +273,6 @@ def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[
     prompt, _ = encode_dialog(dialog, tokenizer, template)
     tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
     return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
-
-
-def order_for_cpu(model: Llama) -> Llama:
-    """Lay bf16 weights out as a CPU's products read them (quant.CPULinear), in place, one at a time. Returns the model."""
-    for path, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and CPULinear.helps(module.weight):
-            model.set_submodule(path, CPULinear(module.weight))
-    return model
 
 
 def read_json(path: Path) -> dict:

@@ -477,7 +477,7 @@ class Int8Linear(FrozenLinear):
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.is_cuda or x.numel() > 16 * self.in_features:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 16 * self.in_features:
             return super().forward(x)
         scale = self.scale.data.view(torch.float32).flatten().to(x.dtype)  # decoding: a token or a few; W never in 16 bits
         return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight.data, scale).view(*x.shape[:-1], -1)
@@ -511,6 +511,14 @@ class CPULinear(FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.data.to_dense().to(dtype)
+
+
+def order_for_cpu(model: nn.Module) -> nn.Module:
+    """Make every bf16 linear a CPULinear where that helps, in place, one at a time. Returns the model."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and CPULinear.helps(module.weight):
+            model.set_submodule(path, CPULinear(module.weight))
+    return model
 
 
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}

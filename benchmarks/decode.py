@@ -31,8 +31,8 @@ def prompts(batch: int) -> torch.Tensor:
 
 def ours(options, quantize: str, compiled: bool):
     """(a function of the batch size, bytes of weights a step reads)"""
-    from generate import Sampling, compile_decoding, generate_batch, order_for_cpu
-    from quant import QUANTIZERS
+    from generate import Sampling, compile_decoding, generate_batch
+    from quant import QUANTIZERS, order_for_cpu
 
     model = load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=QUANTIZERS[quantize]).eval()
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
@@ -159,8 +159,8 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="125m")
     parser.add_argument("--quantize", nargs="+", choices=("none", "int8", "nf4"), default=["none"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each that count")
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each that count")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, both sides")
     parser.add_argument("--bitsandbytes", action="store_true", help="also transformers + bitsandbytes on a CPU")
     for internal in ("--folder", "--who"):

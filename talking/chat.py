@@ -28,13 +28,17 @@ HELP = """/reset          forget what was said; the system message stays
 def pick(config: GenerateConfig):
     """What the flags ask for, a function of (voices, config); DataError if they ask for two things, or for half of one."""
     given = {name for name, field in GenerateConfig.__dataclass_fields__.items() if getattr(config, name) != field.default}
-    doing = [f"--{name}" for name in ("prompt", "prompts", "web", "merge", "save") if name in given]
+    doing = [f"--{name}" for name in ("prompt", "prompts", "web", "latency", "merge", "save") if name in given]
+    if config.latency and config.prompt:
+        doing.remove("--prompt")  # which is what it measures
     if len(doing) > 1:
         raise DataError(f"{' and '.join(doing)} are {len(doing)} things to do: give one of them")
-    needed = {"prompts": "out", "out": "prompts", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
+    needed = {"prompts": "out", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
     for name, need in needed.items():
         if name in given and need not in given:
             raise DataError(f"--{name} needs --{need}")
+    if config.out and not {"prompts", "latency"} & given:
+        raise DataError("--out needs --prompts or --latency")
     for name, right, need in (
         ("batch_size", config.batch_size >= 1, "at least 1"),
         ("samples", config.samples >= 1, "at least 1"),
@@ -45,6 +49,10 @@ def pick(config: GenerateConfig):
             raise DataError(f"--{name} must be {need}, not {getattr(config, name)}")
     if config.samples > 1 and (config.temperature == 0 or not {"prompt", "prompts"} & given):
         raise DataError("--samples needs --prompt or --prompts, and a --temperature above 0, or all answers would be the same")
+    if config.latency:
+        from talking.latency import report
+
+        return lambda voices, config: report(*voices[-1][1:], config)
     if config.web:
         from talking.web import serve  # gradio takes seconds to import
 

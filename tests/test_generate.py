@@ -21,15 +21,14 @@ from generate import (
     generate,
     generate_batch,
     load,
-    order_for_cpu,
     pick_device,
     pick_dtype,
     sample,
     text_stream,
 )
 from lora import LoRAError, load_adapter
-from model import CheckpointError, from_hf, load_model, save_hf
-from quant import CPULinear
+from model import CheckpointError, Llama, from_hf, load_model, save_hf
+from quant import CPULinear, order_for_cpu
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -474,6 +473,16 @@ def test_folders_that_are_not_what_they_are_passed_as_are_refused(base, adapter,
         load(config(adapter=adapter))
 
 
+@pytest.mark.parametrize("sizes", [{"dim": 64}, {"n_layers": 1}, {"hidden_dim": 40}])
+def test_an_adapter_for_another_model_is_refused_in_one_sentence(run, tiny_llama, tokenizer_file, adapter, tmp_path, sizes):
+    other = tmp_path / "other"
+    save_hf(tiny_llama(vocab_size=340, **sizes), other)
+    (other / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    code, out, err = run("--adapter", adapter, "--model", other, "--prompt", "x", "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "the adapter in" in err and " layers." in err
+
+
 @pytest.mark.parametrize("name", ["run.json", "adapter_config.json"])
 def test_a_settings_file_that_is_cut_short_is_refused_by_name(adapter, name):
     (adapter / "run.json").write_text("{}")
@@ -527,6 +536,33 @@ def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer)
 def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
     monkeypatch.setattr(generate_module, "TINY", base)
     assert run("--prompt", "Where?", "--max_new_tokens", 1)[0] == 0
+
+
+def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table(run, base, monkeypatch, tmp_path):
+    """Every run has 50 tokens, though an end token would have come: each is 49 steps after the prompt's pass."""
+    monkeypatch.setattr("talking.latency.RUNS", 3)
+    monkeypatch.setattr("talking.latency.copy_bandwidth", lambda device: 1e9)
+    steps, forward = [], Llama.forward
+    monkeypatch.setattr(
+        Llama, "forward", lambda self, tokens, *args, **how: steps.append(1) or forward(self, tokens, *args, **how)
+    )
+    assert run("--model", base, "--latency", "--device", "cpu")[0] == 0
+    assert len(steps) == 4 * 50
+    code, out, _ = run("--model", base, "--latency", "--device", "cpu", "--dtype", "bf16", "--quantize", "int8")
+    lines = [json.loads(line) for line in (base / "latency.jsonl").read_text().splitlines()]
+    assert [(line["dtype"], line["quantize"], line["new_tokens"]) for line in lines] == [
+        ("float32", "none", 50),
+        ("bfloat16", "int8", 50),
+    ]
+    for line in lines:
+        assert 0 < line["first_s"] < line["seconds"]
+        assert line["tokens_per_s"] == pytest.approx(49 / (line["seconds"] - line["first_s"]))
+        assert line["gb_per_s"] == pytest.approx(line["weights_bytes"] * line["tokens_per_s"] / 1e9)
+    model = load_model(base)
+    assert lines[0]["weights_bytes"] == 4 * (sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel())
+    assert code == 0 and out.count("| base |") == 2 and "int8, bfloat16" in out
+    assert run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
