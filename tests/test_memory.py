@@ -328,7 +328,9 @@ def test_i_have_a_3090_and_a_7b():
 
 def test_70b_on_two_24_gb_cards():
     answer = memory_py("--model", "70b", "--gpu", "3090", "--nproc", "2").stdout
-    assert "None fits" in answer and "sharded over 2 x 3090" in answer and "one GPU that holds it today: a100-40" in answer
+    assert "None fits whole" in answer and "one GPU that holds it: a100-40" in answer
+    assert "2 x 3090 in shards: " in answer and "simulated" in answer
+    assert "torchrun --nproc_per_node 2 train.py --method qlora --fsdp True" in answer
 
 
 def test_what_does_not_fit_is_told_what_would():
