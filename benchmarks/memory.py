@@ -81,15 +81,11 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
 def plan(preset: str) -> None:
     """Full fine-tuning and QLoRA sharded over 2 to 512 GPUs. Nothing of it is measured."""
     gpu, sizes, tokens, speed = memory.find_gpu("h100"), PRESETS[preset], 4096, 400e12
-    print(f"{tokens:,} tokens a GPU, bf16, checkpointing, AdamW, --fsdp True, h100, {gpu.memory / 1e9:.1f} GB. Assumed:")
-    print("a block is gathered for forward and for backward, the rest once; gradients are reduced in fp32; 400 TFLOP/s a GPU")
-    print(
-        "(40 % of peak); 8 FLOPs a weight and token for full (2 forward, 4 backward, 2 for computing blocks again), 6 for QLoRA,"
-    )
-    print(
-        "whose weights get no gradient. GB a GPU: allocated peak and CUDA context. Last column: what its links must carry to hide"
-    )
-    print("the traffic behind compute.\n")
+    print(f"{tokens:,} tokens a GPU, bf16, checkpointing, AdamW, --fsdp True, h100, {gpu.memory / 1e9:.1f} GB.")
+    print("Assumed: a block is gathered for forward and for backward, the rest once; gradients are reduced in fp32;")
+    print("400 TFLOP/s a GPU (40 % of peak); 8 FLOPs a weight and token for full (2 forward, 4 backward, 2 for computing blocks")
+    print("again), 6 for QLoRA, whose weights get no gradient. GB a GPU: allocated peak and CUDA context. Last column: what its")
+    print("links must carry to hide the traffic behind compute.\n")
     print("| | GPUs | GB a GPU: formula | simulated | fits | GB gathered a step | GB reduced | compute, s | GB/s to hide |")
     print("|---|---|---|---|---|---|---|---|---|")
     for method, flops in (("full", 8), ("qlora", 6)):
