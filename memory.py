@@ -21,17 +21,20 @@ GB are 10^9 bytes, GiB 2^30. With torch.compile, which fuses operations, the pre
 """
 
 import argparse
-import json
 import re
 import weakref
-from bisect import bisect_right
-from collections import Counter
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +49,15 @@ class Block:
     born: str
     kind: str | None = None
     died: str | None = None
+    away: bool = False  # in the host's memory (CPU offload), not the GPU's
+    stream: object = None  # the CUDA stream it was asked for on: FSDP gathers and reduces on streams of their own
+
+
+MOVED = {  # FSDP's operations on what it sends and receives: which argument that is, and what
+    "fsdp::all_gather_copy_in": (1, "gathered weights"),
+    "fsdp::split_with_sizes_copy": ("out", "gathered weights"),
+    "fsdp::chunk_cat": ("out", "gradients to reduce"),
+}
 
 
 class Tracker(TorchDispatchMode):
@@ -54,68 +66,115 @@ class Tracker(TorchDispatchMode):
     Every operation, autograd's in backward included, passes through `__torch_dispatch__`. The storages of what it returns are
     counted once each, however many views share them, until the last reference is gone. `live` and `peak` are bytes; the
     diary is what happened, in order: (1, block) a birth, (-1, block) a death, (0, (part, phase)) the beginning of a phase.
-    Temporaries inside one operation are not seen; `scratch` has those known, {operation: function of its arguments -> bytes}."""
+    Temporaries inside one operation are not seen; `scratch` has those known, {operation: function of its arguments -> bytes}.
+    away: the kinds of storage that wait in the host's memory; so does what is made of nothing but these."""
 
-    def __init__(self, scratch: dict | None = None, supervised: int | None = None):
+    def __init__(self, scratch: dict | None = None, supervised: int | None = None, away: tuple[str, ...] = ()):
         super().__init__()
         self.live = self.peak = 0
         self.part = self.phase = ""
         self.diary: list[tuple] = []
-        self.scratch, self.supervised = scratch or {}, supervised
-        self._living: dict[int, tuple] = {}  # a storage's address -> (weak reference to it, its block)
+        self.scratch, self.supervised, self.away = scratch or {}, supervised, away
+        self._living: dict[int, list] = {}  # a storage's address -> [weak reference to it, its block]
 
     def begin(self, phase: str) -> None:
         self.phase = phase
         self.diary.append((0, (self.part, phase)))
 
-    def watch(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Count the tensor's storage from now on, if it is not counted yet; `kind` says what it is."""
-        storage = tensor.untyped_storage()
+    def watch(self, tensor: torch.Tensor, kind: str | None = None, away: bool = False) -> None:
+        """Count the tensor's storage from now on, if it is not counted yet; `kind` says what it is. Of a tensor that several
+        processes hold together: the part of this one."""
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         key = storage._cdata
         if key not in self._living:
-            block = self.born(storage.nbytes())
+            born = self.born(storage.nbytes(), away=away)
+            self._living[key] = [weakref.ref(storage, lambda _: self.died(self._living.pop(key)[1])), born]
+        block = self._living[key][1]
+        if kind in self.away and not block.away:  # it leaves
+            self.died(block)
+            block = self._living[key][1] = self.born(block.bytes, away=True)
+        block.kind = kind or block.kind
 
-            def gone(_):
-                del self._living[key]
-                self.died(block)
+    def rest(self, kind: str) -> None:
+        """Say what all storages are that are alive and not known as anything."""
+        for _, block in self._living.values():
+            block.kind = block.kind or kind
 
-            self._living[key] = weakref.ref(storage, gone), block
-        if kind:
-            self._living[key][1].kind = kind
+    def __enter__(self):
+        """Two things no operation tells of: FSDP gives memory back, and takes it again, by resizing a storage; and a tensor in
+        shards tries its operations on fake tensors first, which are no memory."""
 
-    def born(self, size: int, kind: str | None = None) -> Block:
-        block = Block(size, self.phase, kind)
-        self.live += size
+        def resize(storage, size):
+            torch._C.StorageBase.resize_(storage, size)
+            if entry := self._living.get(storage._cdata):
+                self.died(entry[1])
+                entry[1] = self.born(size, entry[1].kind)
+
+        def sharded(parameter, *args, original=FSDPParam._init_sharded_param):
+            original(parameter, *args)
+            self.watch(parameter._sharded_param_data, self.away[0] if self.away else None)
+
+        def tried(*args, original=ShardingPropagator._propagate_tensor_meta_non_cached):
+            with _disable_current_modes():
+                return original(*args)
+
+        self._patched = ExitStack()
+        self._patched.enter_context(patch.object(torch.UntypedStorage, "resize_", resize))
+        self._patched.enter_context(patch.object(FSDPParam, "_init_sharded_param", sharded))
+        self._patched.enter_context(patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", tried))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patched.close()
+        return super().__exit__(*error)
+
+    def born(self, size: int, kind: str | None = None, away: bool = False) -> Block:
+        block = Block(size, self.phase, kind, away=away, stream=torch.cpu.current_stream())
+        self.live += 0 if away else size
         self.peak = max(self.peak, self.live)
         self.diary.append((1, block))
         return block
 
     def died(self, block: Block) -> None:
         block.died = self.phase
-        self.live -= block.bytes
+        self.live -= 0 if block.away else block.bytes
         self.diary.append((-1, block))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(map(is_traceable_wrapper_subclass_type, types)):  # a tensor in shards: its own operations will come by
+            return NotImplemented
         result = self._without_numbers(op, args)
         if result is None:
             result = op(*args, **(kwargs or {}))
         if not op.is_view:  # a view brings no storage of its own
+            away = bool(self.away) and self._away(args)
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                    self.watch(tensor)
+                    self.watch(tensor, away=away)
+        if op.name() in MOVED:
+            where, kind = MOVED[op.name()]
+            for tensor in tree_leaves(args[where] if isinstance(where, int) else kwargs[where]):
+                self.watch(tensor, kind)
         if op.name() in self.scratch:
             self.died(self.born(self.scratch[op.name()](*args), "kernel scratch"))
         return result
 
+    def _away(self, args) -> bool:
+        """Whether all tensors among the arguments, and at least one, are in the host's memory."""
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        entries = [self._living.get(x.untyped_storage()._cdata) for x in tensors]
+        return bool(entries) and all(entry and entry[1].away for entry in entries)
+
     def _without_numbers(self, op, args):
-        """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens. How many positions
+        """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens (fp64:
+        those of all processes). How many positions
         have a label: all, the most it can be, or as many as the caller knows of."""
         number = op is torch.ops.aten._local_scalar_dense.default
         masked = op is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool
         if not (number or masked) or not any(isinstance(x, FakeTensor) for x in tree_leaves(args)):
             return None
         if number:
-            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 0.0)
+            return {torch.bool: True, torch.int64: 1, torch.float64: 1.0}.get(args[0].dtype, 0.0)
         return args[0][: self.supervised].clone()
 
 
@@ -136,11 +195,12 @@ def follow(recorder, model, optimizer) -> None:
                 recorder.watch(value, "optimizer state")
         recorder.begin("between steps")
 
-    model.register_forward_pre_hook(lambda *_: mark("forward embedding"))
+    first = {"prepend": True}  # before FSDP gathers the weights, so that this belongs to the phase
+    model.register_forward_pre_hook(lambda *_: mark("forward embedding"), **first)
     for i, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: mark(f"forward {i}"))
-        layer.register_forward_hook(lambda _, args, output, i=i: mark(f"backward {i}", output))
-    model.layers[0].register_forward_hook(lambda _, args, output: mark("backward embedding", args[0]))
+        layer.register_forward_pre_hook(lambda *_, i=i: mark(f"forward {i}"), **first)
+        layer.register_forward_hook(lambda _, args, output, i=i: mark(f"backward {i}", output), **first)
+    model.layers[0].register_forward_hook(lambda _, args, output: mark("backward embedding", args[0]), **first)
     model.norm.register_forward_pre_hook(lambda *_: mark("loss"))
     for weight in model.parameters():
         if weight.requires_grad:
@@ -173,16 +233,22 @@ class Phase:
 
     @property
     def rise(self) -> int:
-        return self.peak.total() - self.start.total()
+        return own(self.peak) - own(self.start)
 
     @property
     def kept(self) -> int:
-        return self.end.total() - self.start.total()
+        return own(self.end) - own(self.start)
+
+
+def own(moment: Counter) -> int:
+    """Bytes of a moment without what FSDP holds for the network, which is asked for before its layer's turn."""
+    return moment.total() - moment["gathered weights"] - moment["gradients to reduce"]
 
 
 @dataclass
 class Timeline:
     phases: list[Phase]
+    host: int = 0  # the most that waited in the host's memory
     tails: int = 0  # bytes that CUDA's allocator hands out beyond what was asked, at the peak
     reserved: int | None = None  # what it has taken from the GPU in all
 
@@ -198,13 +264,17 @@ class Timeline:
 def timeline(diary: list[tuple], gpu=None) -> Timeline:
     """The diary as phases. For a GPU every size is rounded as its allocator does, which is replayed beside it."""
     allocator = CachingAllocator() if gpu else None
-    phases, live, total, highest, peak, tails = [], Counter(), 0, 0, 0, 0
+    phases, live, total, highest, peak, tails, away, host = [], Counter(), 0, 0, 0, 0, 0, 0
     for what, block in diary:
         if what == 0:
             if phases:
                 phases[-1].end = live.copy()
             phases.append(Phase(*block, live.copy(), live.copy(), live.copy()))
             highest = total  # in this phase
+            continue
+        if block.away:
+            away += what * block.bytes
+            host = max(host, away)
             continue
         size = -(-block.bytes // 512) * 512 if gpu else block.bytes
         live[kind_of(block)] += what * size
@@ -215,7 +285,7 @@ def timeline(diary: list[tuple], gpu=None) -> Timeline:
                 peak, tails = total, allocator.allocated - total
         if total > highest:
             highest, phases[-1].peak = total, live.copy()
-    return Timeline(phases[:-1], tails, allocator and allocator.reserved)  # the last is only the end
+    return Timeline(phases[:-1], host, tails, allocator and allocator.reserved)  # the last is only the end
 
 
 def kind_of(block: Block) -> str:
@@ -230,7 +300,8 @@ FEW = (4, 8)  # layers that are run of a deeper model
 
 def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
     """The timeline of n alike layers from those of two shallower models. What a phase adds is a straight line in the depth, and
-    the layers between the first and the last add the same. What the allocator reserves is a straight line to about 4 %."""
+    the layers between the first and the last add the same. What the allocator reserves beyond the peak is taken
+    to be what it was."""
     (a, b), made = FEW, []
     low = {(phase.part, phase.name): phase for phase in few.phases}
 
@@ -254,9 +325,9 @@ def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
                 for p, q in ((x.peak, y.peak), (x.end, y.end))
             )
             made.append(Phase(phase.part, name, start, peak, end))
-    line = Timeline(made, max(0, deeper(few.tails, more.tails)))
+    line = Timeline(made, deeper(few.host, more.host), max(0, deeper(few.tails, more.tails)))
     if more.reserved is not None:
-        line.reserved = max(deeper(few.reserved, more.reserved), line.peak)
+        line.reserved = line.peak + more.reserved - more.peak
     return line
 
 
@@ -273,14 +344,15 @@ class CachingAllocator:
 
     def __init__(self):
         self.allocated = self.reserved = 0
-        self.spare = {True: {}, False: {}}  # for small blocks, for large ones: address -> bytes of each free piece
-        self.given = {}  # a tracker's block -> (address, bytes, small)
+        self.spare = defaultdict(dict)  # (small, stream) -> address -> bytes of each free piece
+        self.given = {}  # a tracker's block -> (address, bytes, (small, stream))
         self.top = 0  # the address of the next segment
 
     def allocate(self, block: Block) -> None:
         size = max(512, -(-block.bytes // 512) * 512)
         small = size <= 2**20
-        spare = self.spare[small]
+        pool = small, block.stream
+        spare = self.spare[pool]
         piece, address = min(((piece, at) for at, piece in spare.items() if piece >= size), default=(0, 0))
         if piece:
             del spare[address]
@@ -292,12 +364,12 @@ class CachingAllocator:
         if piece - size >= (512 if small else 2**20 + 1):
             spare[address + size] = piece - size
             piece = size
-        self.given[block] = address, piece, small
+        self.given[block] = address, piece, pool
         self.allocated += piece
 
     def free(self, block: Block) -> None:
-        address, size, small = self.given.pop(block)
-        spare = self.spare[small]
+        address, size, pool = self.given.pop(block)
+        spare = self.spare[pool]
         self.allocated -= size
         size += spare.pop(address + size, 0)
         before = next((at for at, piece in spare.items() if at + piece == address), address)
@@ -354,6 +426,7 @@ def flash_scratch(grad, q, *_) -> int:
 
 
 SCRATCH = {"torch_attn::_varlen_attn_backward": flash_scratch}
+OFFLOADED = {"fsdp::all_gather_copy_in": lambda shards, *_: sum(shard.nbytes for shard in shards)}  # brought to the GPU first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,35 +448,77 @@ def perform(run, recorder, prepare) -> None:
     recorder.begin("end")
 
 
-def watch(run, dry: bool, gpu: GPU | None = None, nproc: int = 1) -> Tracker:
-    """Perform the run inside a tracker. dry: on fake tensors. nproc > 1: with the buffers in which DDP collects the gradients,
-    as large as these."""
+@contextmanager
+def processes(count: int):
+    """Be the first of so many processes of which there are no others: nothing is sent, all the buffers are there.
+
+    PyTorch's fake process group, and for DDP, which has its buckets agreed on by all and filled by all, three steps less."""
+
+    class Reducer(dist.Reducer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            dist._register_comm_hook(self, None, self.reduced)
+
+        def reduced(self, _, bucket):
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        def _rebuild_buckets(self):
+            return False
+
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    real = dist.group.WORLD
+    if real:  # train.py's own: it waits
+        dist.group.WORLD = dist.new_group(backend="fake", use_local_synchronization=True)
+    else:
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    ddp = {"_verify_param_shape_across_processes": lambda *_: None, "_sync_module_states": lambda **_: None}
+    try:
+        with patch.object(dist, "Reducer", Reducer), patch.multiple("torch.nn.parallel.distributed", **ddp):
+            yield
+    finally:
+        _clear_sharding_prop_cache()  # what was worked out for these processes would be used for a real group of the same size
+        if real:
+            dist.group.WORLD = real
+        else:
+            dist.destroy_process_group()
+
+
+def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
+    """Perform the run inside a tracker. dry: on fake tensors."""
 
     def prepare(model):
         for name, weight in model.named_parameters():
             tracker.watch(weight, "adapters" if "lora_" in name else "weights")
         for tensor in run.row.values():
             tracker.watch(tensor, "batch")
+        if run.processes > 1 and not run.config.fsdp:
+            tracker.rest("gradients")  # the buckets in which DDP has them
         for _ in range(2 if gpu else 0):
             tracker.born(gpu.workspace, "cuBLAS workspace")
-        if nproc > 1:
-            tracker.born(sum(weight.nbytes for weight in model.parameters() if weight.requires_grad), "DDP buckets")
 
+    run.connect()
     fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else nullcontext()
-    with fake, Tracker(SCRATCH if gpu else {}, run.supervised if dry else None) as tracker:
+    scratch = (SCRATCH if gpu else {}) | (OFFLOADED if run.config.cpu_offload and dry else {})
+    away = KEPT if run.config.cpu_offload and dry else ()
+    with fake, Tracker(scratch, run.supervised if dry else None, away) as tracker:
         perform(run, tracker, prepare)
     return tracker
 
 
-def predict(run, gpu: GPU | None = None, nproc: int = 1) -> Timeline:
-    """The timeline of a run on fake tensors; with a GPU: as on that GPU. run: a dataclass with the model's `sizes` and with
-    `build()` -> (model, optimizer), `step()`, `evaluate()`, `save()`, and `row`, the tensors of a micro-batch."""
+def predict(run, gpu: GPU | None = None) -> Timeline:
+    """The timeline of a run on fake tensors; with a GPU: as on that GPU. run: a dataclass with the model's `sizes`, how many
+    `processes` share the work, `row`, the tensors of a micro-batch, and with `connect()` (what needs numbers: the mesh of the
+    processes), `build()` -> (model, optimizer), `step()`, `evaluate()`, `save()`."""
     n = run.sizes.n_layers
 
     def of(layers):
-        return timeline(watch(replace(run, sizes=replace(run.sizes, n_layers=layers)), True, gpu, nproc).diary, gpu)
+        return timeline(watch(replace(run, sizes=replace(run.sizes, n_layers=layers)), True, gpu).diary, gpu)
 
-    return of(n) if n <= FEW[1] else stretch(*map(of, FEW), n)
+    with processes(run.processes) if run.processes > 1 else nullcontext():
+        return of(n) if n <= FEW[1] else stretch(*map(of, FEW), n)
 
 
 class Gauge:
@@ -456,18 +571,40 @@ def trained(s, flags) -> set[str]:
     return named | {*linears(s)} if "all-linear" in flags.lora_targets else named
 
 
-def letters(sizes, flags) -> dict:
+def letters(sizes, flags, nproc: int = 1) -> dict:
     """What the formula's arithmetic is written in. T tokens in a row, n of them in a chunk of the loss; C dim, F hidden_dim,
     V vocabulary, H heads, K width of all keys, L layers, r LoRA's rank; W numbers in a block's linears, E in all else, N trained.
-    Bytes of a number: b in the computation, g in a gradient, s between the blocks and in weights that are not packed."""
+    Bytes of a number: b in the computation, g in a gradient, s between the blocks and in weights that are not packed.
+    Sharded over P GPUs: this one's share of N is M, in whole rows; gathered, a block is G bytes and what is in no block R; to be
+    reduced, a block's gradients are B."""
     C, V, L, r, inside = sizes.dim, sizes.vocab_size, sizes.n_layers, flags.lora_rank, linears(sizes)
     T, full, half = flags.per_device_train_batch_size * flags.model_max_length, flags.method == "full", flags.dtype != "fp32"
     W, E = sum(out * inn for out, inn in inside.values()), (2 * V + 2 * L + 1) * C
     each = {name: (L if name in inside else 1) * sum(shape) for name, shape in (inside | outer(sizes)).items()}
     N = L * W + E if full else r * sum(each[name] for name in trained(sizes, flags))
     known = {"T": T, "n": min(T, 1024), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
-    known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if full and flags.pure_bf16 else 4}
-    return known | {"s": 2 if half and (flags.pure_bf16 or not full) else 4}
+    small = half and full and (flags.pure_bf16 or flags.fsdp)  # 16 bits in the computation, whatever is kept
+    known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
+    known["s"] = 2 if half and (small or not full) else 4
+    if flags.fsdp:  # row by row; where there are fewer rows than GPUs, nothing fills up the rest
+        rows = {x: -(-r // nproc) * inn + -(-out // nproc) * r for x, (out, inn) in (inside | outer(sizes)).items()}
+        block, rest = (sum(rows[x] for x in trained(sizes, flags) & set(among)) for among in (inside, outer(sizes)))
+        gathered = round(eval(PACKED[flags.quantize], {}, known)) // L + 2 * C * known["s"]
+        known |= {
+            "P": nproc,
+            "M": -(-N // nproc) if full else L * block + rest,
+            "G": gathered + (0 if full else block * nproc * 4),
+        }
+        known["R"] = (2 * V + 1) * C * known["s"] + (0 if full else rest * nproc * 4)
+        known["B"] = 4 * (W + 2 * C if full else block * nproc)
+    return known
+
+
+PACKED = {  # NF4: 4 bits, 8 a block of 64, 32 a block of 2^14. int8: 4 bytes a row.
+    "none": "L * W * s",
+    "nf4": "L * W * (4 + 8 / 64 + 32 / 16384) / 8",
+    "int8": "L * W * (1 + 4 / C)",
+}
 
 
 def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, tuple[str, int]]:
@@ -476,8 +613,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     Each term is written once, in `letters` and the names of earlier terms, and Python computes what is printed. Where several
     moments compete, the largest is the term."""
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
-    masters = full and half and not flags.pure_bf16  # fp32 weights, cast by autocast where they are used
-    moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags)
+    masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
+    moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
     T, C, F, V, L, g, s = (known[letter] for letter in "TCFVLgs")
     terms = {}
 
@@ -486,14 +623,17 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         known[re.sub(",|'s", "", name).replace(" ", "_")] = size
         terms[name] = text.replace("_", " ").replace("*", "x"), size
 
-    # What stays from the first step on. NF4: 4 bits, 8 a block of 64, 32 a block of 2^14. int8: 4 bytes a row.
-    packed = {"none": "L * W * s", "nf4": "L * W * (4 + 8 / 64 + 32 / 16384) / 8", "int8": "L * W * (1 + 4 / C)"}
-    term("weights", packed[flags.quantize] + " + E * s")
-    term("adapters", "0" if full else "N * 4")
-    term("gradients", "N * g")
-    term("optimizer state", "N * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else "N * 8")
+    # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
+    mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
+    term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else "M * 4")
+    term("adapters", "0" if full else f"{mine} * 4")
+    twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
+    term("gradients", f"{mine} * 4" if flags.fsdp else "2 * N * g" if twice else "N * g")
+    term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
-    term("DDP buckets", "gradients" if nproc > 1 else "0")
+    if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
+        term("gathered weights", "3 * G + R", "2 * G + 2 * R")
+        term("gradients to reduce", "B")
 
     # What a block keeps. Its norms: their inputs in fp32, and what a trained weight is multiplied with; a frozen one needs none.
     used = bool(moved & {"wq", "wk", "wv"}) + bool(moved & {"w1", "w3"})  # of the two norms' results
@@ -531,10 +671,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
 
     # A block's backward: gradients of the feed-forward layer's width, and a weight's gradient or a weight turned back.
     if full:
-        moments = ["2 * T * F * b + C * F * b"]
+        moments = ["2 * T * F * b" + " + C * F * b" * (not buckets)]  # DDP takes each gradient at once
         if masters and again:
             moments.append("C * F * 4 + T * C * 2")
-        elif half:  # all its gradients, its activations gone
+        elif half and not buckets:  # all its gradients, its activations gone
             moments.append(f"W * g + T * C * {28 if masters else 24} - ({block}{copies})")
     else:
         moments = [f"{2 if 'w2' in moved else 3} * T * F * b"]
@@ -551,32 +691,57 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("optimizer's work", work if flags.optim == "adamw_8bit" else "0")
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
-    stays = "weights + adapters + optimizer_state + cuBLAS_workspace + DDP_buckets + "
-    activations = "activations_first_layer + activations_middle_layers + activations_last_layer + T * C * s"
-    earlier = " + gradients" if flags.gradient_accumulation_steps > 1 else ""  # of the rows before
-    backward = " + a_block_backward" + " + T * C * s" * (full and s == 4)
-    moments = [
-        stays + activations + earlier + " + logits_and_loss",
-        stays + activations + (earlier or " + V * C * g" * full) + backward + " - L * W * 2" * (masters and again),
-        stays + "gradients + optimizer_work",
-    ]
-    if full:
-        first = "gradients - (W + V * C) * g + activations_first_layer + T * C * s"
-        moments.append(stays + first + backward + " - W * 2" * (masters and again))
-        moments.append(stays + "gradients + T * C * s" + " + V * C * g" * bool(earlier))  # the embedding's
+    stays = "weights + adapters + optimizer_state + cuBLAS_workspace + " + "gradients + " * buckets
+    if flags.cpu_offload:
+        term("in the host's memory", "weights + adapters + gradients + optimizer_state")
+        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "M"), 0)
+    first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
+    earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
+    backward = " + a_block_backward + T * C * s" + " + T * C * s" * (full and s == 4)
+    if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
+        made, head = "0" if flags.cpu_offload else "W * 4 / P" if full else "M * 4 / L", " + V * C * g" * full
+        moments = [
+            stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
+            stays + activations + earlier + head + backward + " + 2 * G + R",
+            stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
+            stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
+            stays + "gradients" + " + 2 * V * C * (g + 4)" * full,  # what is in no block, reduced at last
+        ]
+    else:
+        gone = " - L * W * 2" * (masters and again)
+        moments = [
+            stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
+            stays + activations + (earlier or " + V * C * g" * (full and not buckets)) + backward + gone,
+            stays + "gradients + " * (not buckets) + "optimizer_work",
+        ]
+        if full:
+            made = "0" if buckets else "gradients - (W + V * C) * g"
+            moments.append(stays + f"{made} + {first}" + backward + " - W * 2" * (masters and again))
+            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
     term("allocated peak", *moments)
-    return {name: term for name, term in terms.items() if term[1] or name not in ("cuBLAS workspace", "DDP buckets")}
+    if flags.cpu_offload:
+        terms = {name: term for name, term in terms.items() if name not in KEPT}
+    return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
+
+
+KEPT = ("weights", "adapters", "gradients", "optimizer state")
 
 
 def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
     """The formula's terms as they were counted, in the second step. (A GPU's allocator counts no kinds.)"""
     phases = {phase.name: phase for phase in line.phases if phase.part == "second step"}
     top, last = line.highest.peak, n_layers - 1
-    terms = {kind: top[kind] for kind in ("cuBLAS workspace", "DDP buckets") if top[kind]}
-    if "weights" in top:
+    terms = {kind: top[kind] for kind in ("cuBLAS workspace",) if top[kind]}
+    if line.host:
+        terms["in the host's memory"] = line.host
+    elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        terms["gradients"] = max(phase.peak["gradients"] for phase in phases.values())
+        terms["gradients"] = max(phase.end["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
+    if "batch" in top:  # counted by kinds
+        for kind in ("gathered weights", "gradients to reduce"):
+            if most := max(phase.peak[kind] for phase in phases.values() if phase.layer is not None):
+                terms[kind] = most
     return terms | {
         "activations, first layer": phases["forward 0"].kept,
         "activations, last layer": phases[f"forward {last}"].kept if last else 0,
@@ -589,90 +754,12 @@ def simulated(line: Timeline, n_layers: int) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reports
-
-
-def table(title: str, columns: list[str], rows, width: int = 38) -> None:
-    """Print rows of (name, sizes in bytes or None or words, one for each column, a note) in GB."""
-    print(f"{title:{width}}" + "".join(f"{column:>11}" for column in columns))
-    for name, *cells, note in rows:
-        texts = ["" if cell is None else cell if isinstance(cell, str) else f"{cell / 1e9:,.3f}" for cell in cells]
-        print(f"{name:{width}}" + "".join(f"{text:>11}" for text in texts) + f"   {note}".rstrip())
-
-
-def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
-    """What the allocator and the driver add to `formula`: replayed, or known by experience."""
-    return {
-        "allocator's rounding": ("rests of up to 1 MiB", line.tails),
-        "allocated peak": ("", line.peak),
-        "reserved": ("segments of the allocator", line.reserved),
-        "CUDA context": ("+- 0.1 GB", gpu.context),
-        "nvidia-smi": ("reserved + CUDA context", line.reserved + gpu.context),
-    }
-
-
-def layer_rows(line: Timeline) -> list[dict]:
-    """What each layer keeps in forward; what its backward needs on top, adds (gradients) and frees. Second step, bytes."""
-    rows = {}
-    for phase in line.phases:
-        if phase.part == "second step" and phase.layer is not None:
-            row = rows.setdefault(phase.layer, {"layer": phase.layer})
-            if phase.name.startswith("forward"):
-                row |= {"forward_kept": phase.kept, "forward_peak": phase.rise}
-            else:
-                added = phase.end["gradients"] - phase.start["gradients"]
-                row |= {"backward_peak": phase.rise, "backward_added": added, "backward_freed": added - phase.kept}
-    return [rows[i] for i in sorted(rows)]
-
-
-def show(known: dict, terms: dict, arithmetic: dict, layers: list[dict], line: Timeline) -> None:
-    """The breakdown, the layers (those like the one before are left out) and the timeline."""
-    names = ["formula", "simulated", "measured"]
-    table("GB (10^9 bytes)", names, [(x, *row.values(), arithmetic[x]) for x, row in terms.items()], 28)
-    print("\n" + ", ".join(f"{letter} {value:,}" for letter, value in known.items()))
-    totals = [f"{x} {terms[x]['simulated'] / 2**30:.2f} GiB" for x in TOTALS if x in terms]
-    print(f"{', '.join(totals)}. The peak is in the {line.highest.part}, {line.highest.name}.\n")
-    sizes = [list(row.values())[1:] for row in layers]
-    rows = [(f"layer {i}", *row, "") for i, row in enumerate(sizes) if i in (0, len(sizes) - 1) or row != sizes[i - 1]]
-    table("GB per layer", ["kept", "peak", "backward", "adds", "frees"], rows, 14)
-    ends = [phase for phase in line.phases if phase.layer in (None, 0, len(layers) - 1)]
-    rows = [(f"{p.part}, {p.name}", *(x.total() for x in p.moments), "<- the peak" if p is line.highest else "") for p in ends]
-    table("\nGB over time", ["start", "peak", "end"], rows, 39)
-
-
-def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
-    """A stacked area over the run's phases, and the GPU's memory as a line."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # no screen is needed
-    from matplotlib import pyplot
-
-    moments = [moment for phase in line.phases for moment in phase.moments]
-    kinds = list(dict.fromkeys(kind for moment in moments for kind in moment))
-    _, axes = pyplot.subplots(figsize=(11, 5))
-    axes.stackplot(range(len(moments)), [[moment[kind] / 1e9 for moment in moments] for kind in kinds], labels=kinds)
-    parts = [phase.part for phase in line.phases]
-    axes.set_xticks([3 * parts.index(part) for part in dict.fromkeys(parts)], dict.fromkeys(parts), ha="left")
-    if gpu:
-        axes.axhline((gpu.memory - gpu.context) / 1e9, color="red", label=f"{gpu.name}, less the CUDA context")
-    axes.set(ylabel="GB allocated", title=title)
-    axes.legend(loc="lower right", fontsize=8)
-    pyplot.savefig(path, dpi=120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Will it fit, and if not, what would
 
 
-def needed(s, flags, gpu: GPU, nproc: int = 1, shards: int = 1) -> int:
-    """Bytes by the formula: the allocated peak and the context. shards: with FSDP over so many GPUs what stays is divided, and
-    two layers (this and the next) are gathered whole."""
-    terms = {name: size for name, (_, size) in formula(s, flags, gpu, nproc).items()}
-    stays = sum(terms.get(name, 0) for name in ("weights", "adapters", "gradients", "optimizer state"))
-    saved = stays * (1 - 1 / shards) - 2 * terms["weights"] / s.n_layers if shards > 1 else 0
-    return round(terms["allocated peak"] + gpu.context - saved)
+def needed(s, flags, gpu: GPU, nproc: int = 1) -> int:
+    """Bytes by the formula: the allocated peak and the context."""
+    return formula(s, flags, gpu, nproc)["allocated peak"][1] + gpu.context
 
 
 def cheaper(flags) -> list[tuple[str, dict]]:
@@ -683,10 +770,22 @@ def cheaper(flags) -> list[tuple[str, dict]]:
     fewer = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": flags.gradient_accumulation_steps * 2}
     ways = [
         (not flags.gradient_checkpointing, "--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}),
-        (full and flags.optim == "adamw", "--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}),
-        (full and not flags.pure_bf16, "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
+        (
+            full and flags.optim == "adamw" and not flags.fsdp,
+            "--optim adamw_8bit, the same losses to rounding",
+            {"optim": "adamw_8bit"},
+        ),
+        (
+            full and not (flags.pure_bf16 or flags.fsdp or flags.dtype != "bf16"),
+            "--pure_bf16 --optim adamw_8bit, no fp32 weights",
+            pure,
+        ),
         (flags.method == "lora" and flags.quantize != "nf4", "--method qlora, 4-bit weights, a little slower", qlora),
-        (batch > 1, f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps", fewer),
+        (
+            batch > 1 and not flags.optimizer_in_backward,
+            f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps",
+            fewer,
+        ),
         (batch == 1 and length > 256, f"--model_max_length {length // 2}, cutting documents", {"model_max_length": length // 2}),
         (full, "--method lora, other weights stay as they are", lora),
         (full, "--method qlora", lora | qlora),
@@ -694,12 +793,17 @@ def cheaper(flags) -> list[tuple[str, dict]]:
     return [(change, new) for useful, change, new in ways if useful]
 
 
+def sharded(flags, **more):
+    """The flags as --fsdp takes them: it shards AdamW's own moments, and keeps fp32 weights."""
+    return replace(flags, **{"fsdp": True, "optim": "adamw", "pure_bf16": False} | more)
+
+
 def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
     """Each change by itself; if none is enough, one after the other together; then more GPUs. [{change, bytes, fits}]"""
     found = []
 
-    def fits(change, flags, shards=1):
-        size = needed(sizes, flags, gpu, 1 if shards > 1 else nproc, shards)
+    def fits(change, flags, nproc=nproc):
+        size = needed(sizes, flags, gpu, nproc)
         found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
         return size <= gpu.memory
 
@@ -713,9 +817,12 @@ def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
         words.append(ways[0][0].split(",")[0])
         if len(words) > 1 and fits(" ".join(words), flags):
             return found
-    for shards in (2, 4, 8):
-        if fits(f"the same, sharded over {shards} GPUs with --fsdp True, by the formula", flags, shards):
-            break
+    if flags.dtype != "fp16":  # which --fsdp does not take
+        for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
+            for more in ({}, {"cpu_offload": True}):
+                words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
+                if fits(words, sharded(flags, **more), count):
+                    return found
     return found
 
 
@@ -734,137 +841,7 @@ def explain_out_of_memory(sizes, flags, gpu: GPU | None, nproc: int, peak: int |
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program. From here on train.py is known: it hands over its own build and step.
-
-TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
-GENERIC = GPU("a GPU", 0)  # for who names none
-
-
-def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
-    import train
-
-    return predict(train.Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None), gpu, nproc)
-
-
-def holders(need) -> str:
-    """The known GPUs whose memory is at least need(gpu) bytes."""
-    return " ".join(gpu.name for gpu in GPUS.values() if need(gpu) <= gpu.memory) or "none of those known"
-
-
-def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
-    """full, LoRA and QLoRA at 1k to 8k tokens with checkpointing, by the formula, and which GPUs hold each."""
-    rows, best = [], {}
-    for method in ("full", "lora", "qlora"):
-        for tokens in (1024, 2048, 4096, 8192):
-            batch = max(1, tokens // sizes.max_seq_len)
-            row = {"per_device_train_batch_size": batch, "model_max_length": tokens // batch, "gradient_checkpointing": True}
-            flags = make(method, **row)
-            size, held = needed(sizes, flags, gpu, nproc), holders(lambda gpu, flags=flags: needed(sizes, flags, gpu, nproc))
-            fits = size <= gpu.memory if gpu.memory else None
-            row = {"method": method, "tokens": tokens, "batch": batch, "bytes": size, "fits": fits}
-            rows.append(row | {"held_by": [] if held.startswith("none") else held.split()})
-            if fits:
-                best[method] = flags  # the longest of each method
-    if as_json:
-        return print(json.dumps({"model": name, "grid": rows}))
-    print("By the formula, with --gradient_checkpointing: the allocated peak and the CUDA context; the GPUs that hold it\n")
-    lines = [(f"{row['method']:6}{row['tokens']:>5} tokens  ", row["bytes"], " ".join(row["held_by"]) or "none") for row in rows]
-    table("GB (10^9 bytes)", ["needed"], lines, 20)
-    print()
-    if not gpu.memory:
-        print("--method shows one of them in full; --gpu NAME says what that GPU can do.")
-    elif best:
-        most = [f"{x} to {y.per_device_train_batch_size * y.model_max_length} tokens" for x, y in best.items()]
-        flags = best.get("lora") or best.get("qlora") or best["full"]
-        print(f"On {gpu.name} ({gpu.memory / 1e9:.2f} GB): {', '.join(most)}")
-        print(
-            f"To begin with: torchrun --nproc_per_node {nproc} train.py --method {flags.method} --model FOLDER --data RECORDS "
-            f"--gradient_checkpointing --model_max_length {flags.model_max_length} "
-            f"--per_device_train_batch_size {flags.per_device_train_batch_size}"
-        )
-    else:
-        least = make("qlora", model_max_length=512, gradient_checkpointing=True)
-        each = f"each of {nproc} GPUs holds the whole model, and the" if nproc > 1 else "the"
-        print(f"None fits on {gpu.name} ({gpu.memory / 1e9:.2f} GB): {each} least, qlora at 512 tokens, takes ", end="")
-        print(f"{needed(sizes, least, gpu, nproc) / 1e9:.2f} GB.")
-        print(f"  {fewest(sizes, least, gpu)}\n  one GPU that holds it today: {holders(lambda gpu: needed(sizes, least, gpu))}")
-
-
-def fewest(sizes, flags, gpu: GPU) -> str:
-    for count in (1, 2, 3, 4, 6, 8, 16, 32, 64):
-        size = needed(sizes, flags, gpu, shards=count)
-        if size <= gpu.memory:
-            how = f"sharded over {count} x {gpu.name} with --fsdp True, by the formula" if count > 1 else f"1 x {gpu.name}"
-            return f"{how}: {size / 1e9:.2f} GB each, by the formula"
-    return f"no number of {gpu.name} up to 64: what is not sharded, activations and loss, is too much; --solve length"
-
-
-def solve(what: str, sizes, flags, gpu: GPU, nproc: int) -> str:
-    """The largest batch or length, or the fewest GPUs, that fit: sought with the formula, confirmed with a simulation."""
-    if what == "gpus":
-        return fewest(sizes, flags, gpu)
-    name, step, most = "per_device_train_batch_size", 1, 4096
-    if what == "length":
-        name, step, most = "model_max_length", 128, sizes.max_seq_len
-    values = [replace(flags, **{name: value}) for value in range(step, most + 1, step)]
-    aim = gpu.memory  # lowered by what a simulation needs beyond the formula
-    while count := bisect_right(values, aim, key=lambda tried: needed(sizes, tried, gpu, nproc)):
-        need = simulate(values[count - 1], sizes, gpu, nproc).reserved + gpu.context
-        if need <= gpu.memory:
-            of = f"{need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB"
-            return f"--{name} {count * step} is the largest on {gpu.name}: {of}, simulated"
-        aim, values = aim - (need - gpu.memory), values[: count - 1]
-    return f"not even --{name} {step} fits on {gpu.name}; without --solve this program says what would"
-
-
-def reproduce() -> None:
-    """The starting document's sum (7B, 2,048 tokens, fp16, textbook attention) beside the count, and how it comes down."""
-    import train
-    from model import PRESETS
-
-    class Document(train.Rehearsal):
-        """16 bits throughout and AdamW straight on them, which train.py refuses to do: here it is only counted."""
-
-        def build(self):
-            model, _ = super().build()
-            self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            return model, self.optimizer
-
-    sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
-    pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
-    flags = train.TrainConfig(**base | pure, attention="textbook")
-    line = predict(Document(flags, sizes, torch.device("cpu")))
-    closed, counted = {x: size for x, (_, size) in formula(sizes, flags).items()}, simulated(line, sizes.n_layers)
-    first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
-    moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())
-    stated = [
-        ("weights", 13.5e9, closed["weights"], counted["weights"], "its norms were never registered: 266,240 numbers fewer"),
-        ("forward, first layer", 0.844e9, closed[first], counted[first], "theirs is what nvidia-smi rose by: segments"),
-        ("forward, each other layer", 0.76e9, closed[other], counted[other], "likewise; its tensors are the next line"),
-        ("  its tensors", 0.7172e9, closed[other], counted[other], "+ 0.537 for a softmax in fp32, + 0.004 for the mask,"),
-        ("", None, None, None, "- 0.067 for copies that its rotation kept"),
-        ("backward, a layer adds", 1e9, block, layer["backward_added"], "only gradients stay; the rest was segments"),
-        ("backward, a layer frees", None, closed[other], layer["backward_freed"], "not subtracted in its sum"),
-        ("all gradients", None, closed["gradients"], counted["gradients"], "the embedding's and the head's too"),
-        ("AdamW's two moments", None, moments, counted["weights"] * 2, "left out of its sum"),
-        ("its sum / the peak", 69.904e9, None, counted["allocated peak"], "gradients come while activations go"),
-    ]
-    table("GB (10^9 bytes)", ["document", "formula", "simulated"], stated, 28)
-    print("\nThe same fine-tuning step by step (2,048 tokens, allocated peak on a GPU, GB):\n")
-    for text, peak in (
-        ("the document: its sum", 69.904e9),
-        ("... with the AdamW moments it left out", 69.904e9 + moments),
-        ("here: 16 bits throughout, textbook attention, AdamW", line.peak),
-        ("full, fp32 masters, flash attention: no T x T matrix", {"method": "full"}),
-        ("+ pure bf16 and 8-bit AdamW: 2 + 2 + 2 bytes a weight, not 18", pure),
-        ("+ gradient checkpointing: a block's input kept, not its inside", pure | again),
-        ("LoRA: no gradients and moments but the adapters'", {}),
-        ("+ gradient checkpointing", again),
-        ("QLoRA + gradient checkpointing: the weights in 4 bits", {"method": "qlora", "quantize": "nf4"} | again),
-    ):
-        if isinstance(peak, dict):
-            peak = simulate(train.TrainConfig(**base | peak), sizes, GENERIC).peak
-        print(f"{text:62}{peak / 1e9:>9.2f}")
+# The program. What it answers is in sizing/pages.py, which knows train.py and hands over its own build and step.
 
 
 def own_flags() -> argparse.ArgumentParser:
@@ -880,89 +857,13 @@ def own_flags() -> argparse.ArgumentParser:
     return parser
 
 
-def answer(mine, rest: list[str]) -> None:
-    """mine: this program's own flags; rest: train.py's. Raises ValueError with one sentence for a user's mistake."""
-    import train
-    from data import parse_flags
-    from model import PRESETS, read_config
-
-    for flag in {"--fsdp", "--cpu_offload"} & set(rest):
-        raise ValueError(f"{flag}: sharded runs are not simulated; --solve gpus estimates them by the formula")
-    if mine.reproduce:
-        return reproduce()
-    given = train.with_tuples(
-        parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest)
-    )
-    name = given.get("model", "7b")
-    sizes, gpu, nproc = PRESETS.get(name) or read_config(name), find_gpu(mine.gpu) if mine.gpu else None, mine.nproc
-    on = None if given.get("device") == "cpu" else gpu or GENERIC
-    length, window = given.get("model_max_length", train.TrainConfig.model_max_length), sizes.max_seq_len
-    too_long = f"--model_max_length {length} is more than the {window} tokens the model was trained to read; for as many a row: "
-    too_long += f"--per_device_train_batch_size {-(-length // window)} --model_max_length {window}"
-    wants_bf16 = given.get("dtype") == "bf16" or given.get("pure_bf16")
-    for wrong, sentence in (
-        (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
-        (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
-        (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
-        (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
-        (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),
-        (length > window, too_long),
-    ):
-        if wrong:
-            raise ValueError(sentence)
-
-    def make(method, **more):
-        packed = {"quantize": "nf4"} if method == "qlora" else {}
-        dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else on.dtype if on else "fp32"
-        return train.TrainConfig(**packed | given | {"dtype": dtype, "method": method} | more)
-
-    if "method" not in given and not mine.solve and not mine.measure and on:
-        return grid(name, sizes, make, on, nproc, mine.json)
-    flags = make(given.get("method", "lora"))
-    if mine.solve:
-        return print(solve(mine.solve, sizes, flags, gpu, nproc))
-    line = simulate(flags, sizes, on, nproc)
-    real = measure(train.Rehearsal(flags, sizes, torch.device("cuda", 0)), torch.device("cuda", 0)) if mine.measure else None
-
-    closed, counted = formula(sizes, flags, on, nproc), simulated(line, sizes.n_layers)
-    measured = simulated(real, sizes.n_layers) | {"reserved": real.reserved} if real else {}
-    added = gpu_terms(line, on) if on else {}
-    arithmetic = {x: text for x, (text, _) in (added | closed).items()}
-    order = [x for x in closed if x != "allocated peak"] + (list(added) or ["allocated peak"])
-    counted |= {x: size for x, (_, size) in added.items()}
-    by_hand = {x: size for x, (_, size) in closed.items()} | ({"CUDA context": on.context} if on else {})
-    columns = {"formula": by_hand, "simulated": counted, "measured": measured}
-    terms = {x: {key: column.get(x) for key, column in columns.items()} for x in order}
-    layers, verdict, need = layer_rows(line), None, (line.reserved or line.peak) + (on.context if on else 0)
-    if gpu:
-        verdict = {"gpu": gpu.name, "capacity": gpu.memory, "needed": need, "fits": need <= gpu.memory}
-        verdict["changes"] = [] if verdict["fits"] else advice(sizes, flags, gpu, nproc)
-    if mine.json:
-        unknown = dict.fromkeys(("formula", "simulated", "measured"))
-        result = {"model": name, "method": flags.method, "flags": asdict(flags)}
-        result |= {"terms": {x: row for x, row in terms.items() if x not in TOTALS}, "per_layer": layers}
-        result |= {"peak": {short: terms.get(x, unknown) for x, short in TOTALS.items()}}
-        print(json.dumps(result | {"peak_phase": f"{line.highest.part}, {line.highest.name}", "verdict": verdict}))
-    else:
-        tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
-        print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
-        show(letters(sizes, flags), terms, arithmetic, layers, line)
-        if verdict:
-            fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
-            print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
-            print("stay free." if fits else f"too few. What would help:{listed(verdict['changes'])}")
-        elif on:
-            held = holders(lambda gpu: line.reserved + gpu.context)
-            print(f"\nGPUs that hold it: {held}; --gpu NAME says by how much, or what helps.")
-    if mine.plot:
-        plot(line, mine.plot, gpu, f"{name}, {flags.method}")
-
-
 def main():
     parser = own_flags()
     mine, rest = parser.parse_known_args()
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
+    from sizing.pages import answer  # here, as it imports this file
+
     try:
         answer(mine, rest)
     except (ValueError, OSError) as error:
@@ -970,4 +871,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from memory import main  # of the module that train.py knows, not of this second one
+
     main()

@@ -337,28 +337,38 @@ class Llama(nn.Module):
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)
 
 
-def random_model(config: ModelConfig, *, device, dtype: torch.dtype, attention: str = "sdpa", quantize=None) -> Llama:
+def random_model(
+    config: ModelConfig, *, device, dtype: torch.dtype, attention: str = "sdpa", quantize=None, each_part=None
+) -> Llama:
     """A model of these sizes as `load_model` would place it, with weights of no meaning: to measure, not to train.
 
     All matrices of one shape get the same numbers, so 7B takes seconds to make and to quantise."""
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
-    drawn = {}
-    for name, weight in list(model.named_parameters()):
-        path, leaf = name.rsplit(".", 1)
-        module = model.get_submodule(path)
-        packed = quantize is not None and isinstance(module, nn.Linear) and module is not model.output
-        if (weight.shape, packed) in drawn:
-            old = drawn[weight.shape, packed]
-            parts = old.parameters() if packed else [old]
-            new = copy.deepcopy(old, {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parts})
-        else:
-            values = torch.randn(weight.shape, device=device, dtype=dtype).mul_(0.02).add_(weight.dim() == 1)
-            new = drawn[weight.shape, packed] = quantize(values) if packed else nn.Parameter(values)
-        if packed:
-            model.set_submodule(path, new)
-        else:
-            setattr(module, leaf, new)
+    drawn = {}  # the first module of a shape, and what its parameters were before anyone cut them
+    for part, items in groupby(list(model.named_parameters()), key=lambda item: part_of(item[0])):
+        for name, weight in items:
+            path = name.removesuffix(".weight")
+            module = model.get_submodule(path)
+            packed = quantize is not None and isinstance(module, nn.Linear) and module is not model.output
+            if (weight.shape, packed) in drawn:
+                first, parameters = drawn[weight.shape, packed]
+                module = copy.copy(first) if packed else module
+                same = {x: nn.Parameter(p.detach().clone(), p.requires_grad) for x, p in parameters.items()}
+                module._parameters = module._parameters | same
+            else:
+                values = torch.randn(weight.shape, device=device, dtype=dtype).mul_(0.02).add_(weight.dim() == 1)
+                if packed:
+                    module = quantize(values)
+                else:
+                    module.weight = nn.Parameter(values)
+                del values
+                drawn[weight.shape, packed] = module, dict(module.named_parameters())
+            model.set_submodule(path, module)
+        if part and each_part:
+            each_part(model, part)
+    if each_part:
+        each_part(model, "")
     return model
 
 

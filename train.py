@@ -276,9 +276,7 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
             shard(model.get_submodule(part))
 
     if sizes:
-        model = random_model(sizes, **options)
-        for part in [*(f"layers.{i}" for i in range(sizes.n_layers)), ""]:
-            finish(model, part)
+        model = random_model(sizes, **options, each_part=finish)
     else:
         model = load_model(config.model, **options, each_part=finish)
     model.gradient_checkpointing, model.computed_on = config.gradient_checkpointing, device
@@ -312,6 +310,14 @@ def sharding(config: TrainConfig, device: torch.device, workers: "Workers"):
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     return partial(fully_shard, **options)
+
+
+def in_parallel(config: TrainConfig, model: Llama, workers: "Workers"):
+    """The model as it is called in training: with a whole copy in each process, inside DDP, which has the gradients in its own
+    buckets only."""
+    if workers.world == 1 or config.fsdp:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -373,8 +379,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 class Workers:
     """The processes of torchrun: how many, which one this is, and sums over all. One process needs no torchrun and no group."""
 
-    def __init__(self, device: torch.device, alone: bool = False):
-        self.world, self.rank = (1, 0) if alone else (int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+    def __init__(self, device: torch.device, world: int | None = None):
+        self.world, self.rank = world or int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -580,34 +586,40 @@ class Rehearsal:
     device: torch.device
     for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
     supervised: int | None = None  # positions with a label, if that is known
+    processes: int = 1
 
     def __post_init__(self):
         tokens = self.config.per_device_train_batch_size * self.config.model_max_length
         row = torch.zeros(tokens, dtype=torch.int64)
         self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
 
+    def connect(self):
+        self.workers = Workers(self.device, self.processes)
+        self.shard = sharding(self.config, self.device, self.workers)
+
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
-        self.model, dtype = build(self.config, self.device, self.sizes), computed_in(self.config, self.device)
+        self.model = build(self.config, self.device, self.sizes, self.shard)
+        dtype = computed_in(self.config, self.device)
         if self.for_gpu and self.config.attention == "sdpa" and dtype != torch.float32:
             for layer in self.model.layers:
                 layer.attention.method = "varlen"
         self.optimizer = make_optimizer(self.config, self.model)
         self.scaler, self.autocast = precision(self.config, dtype, self.device)
-        self.workers = Workers(self.device, alone=True)
+        self.parallel = in_parallel(self.config, self.model, self.workers)
         self.model.train()
         return self.model, self.optimizer
 
     def step(self):
         rows = [self.row] * self.config.gradient_accumulation_steps
-        training_step(self.config, self.model, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
+        training_step(self.config, self.parallel, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
 
     def evaluate(self):
         evaluate(self.model, self, self.workers, self.autocast)
 
     def save(self):
         for weight in trained_weights(self.model).values():  # as save_final compares what it wrote
-            weight.to(computed_in(self.config, self.device))
+            whole(weight).to(computed_in(self.config, self.device))
 
     def __len__(self):  # the one row that evaluate() asks for, as of a PackedBatches
         return 1
@@ -630,11 +642,9 @@ class Memory:
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
-        if self.config.fsdp:
-            return "memory: not predicted for a sharded run"
-        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised)
+        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised, self.world)
         try:
-            self.line = predict(run, self.gpu, self.world)
+            self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
         text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
@@ -858,7 +868,7 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
         raise DataError(f"{tokenizer_file(config)} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
     optimizer = make_optimizer(config, model)
     scaler, autocast = precision(config, dtype, device)
-    parallel = DistributedDataParallel(model) if workers.world > 1 and not config.fsdp else model
+    parallel = in_parallel(config, model, workers)
     if config.optimizer_in_backward:
         if parallel is not model:
             raise RunError(

@@ -2,13 +2,19 @@
 
 Each configuration runs in a process of its own, with random weights and every position supervised: the worst a row can be.
 On CUDA the measure is torch.cuda.max_memory_allocated over two steps and the allocator's reserved bytes; with --device cpu, at
-small sizes, it is the tracker's count on real tensors. Prints a markdown table for RESULTS.md."""
+small sizes, it is the tracker's count on real tensors. Prints a markdown table for RESULTS.md.
+
+    python benchmarks/memory.py --plan 70b        over many GPUs: memory by formula and simulation, traffic by formula
+    python benchmarks/memory.py --load FOLDER     the host's memory while `build` runs; under torchrun: of a rank
+"""
 
 import argparse
 import gc
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -17,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import memory
 from model import PRESETS
-from train import Rehearsal, TrainConfig
+from train import Rehearsal, TrainConfig, Workers, build, sharding
 
 AGAIN = {"gradient_checkpointing": True}
 METHODS = {
@@ -72,11 +78,76 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
     return row
 
 
+def plan(preset: str) -> None:
+    """Full fine-tuning and QLoRA sharded over 2 to 512 GPUs. Nothing of it is measured."""
+    gpu, sizes, tokens, speed = memory.find_gpu("h100"), PRESETS[preset], 4096, 400e12
+    print(f"{tokens:,} tokens a GPU, bf16, checkpointing, AdamW, --fsdp True, h100, {gpu.memory / 1e9:.1f} GB.")
+    print("Assumed: a block is gathered for forward and for backward, the rest once; gradients are reduced in fp32;")
+    print("400 TFLOP/s a GPU (40 % of peak); 8 FLOPs a weight and token for full (2 forward, 4 backward, 2 for computing blocks")
+    print("again), 6 for QLoRA, whose weights get no gradient. GB a GPU: allocated peak and CUDA context. Last column: what its")
+    print("links must carry to hide the traffic behind compute.\n")
+    print("| | GPUs | GB a GPU: formula | simulated | fits | GB gathered a step | GB reduced | compute, s | GB/s to hide |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for method, flops in (("full", 8), ("qlora", 6)):
+        config = TrainConfig(**{"dtype": "bf16", "model_max_length": tokens, "fsdp": True} | AGAIN | METHODS[method])
+        for count in (2, 4, 8, 16, 32, 64, 128, 256, 512):
+            size, is_ = memory.needed(sizes, config, gpu, count), memory.letters(sizes, config, count)
+            simulated = ""
+            if count in (2, 8, 16, 512):
+                run = Rehearsal(config, sizes, torch.device("cpu"), True, processes=count)
+                simulated = f"{(memory.predict(run, gpu).peak + gpu.context) / 1e9:.1f}"
+            away = 1 - 1 / count
+            gathered, reduced = (2 * is_["L"] * is_["G"] + is_["R"]) * away, 4 * is_["M"] * count * away
+            seconds = flops * (is_["L"] * is_["W"] + is_["E"]) * tokens / speed
+            traffic = f"{gathered / 1e9:.0f} | {reduced / 1e9:.1f} | {seconds:.1f} | {(gathered + reduced) / seconds / 1e9:.0f}"
+            fits = "yes" if size <= gpu.memory else "no"
+            print(f"| {method} | {count} | {size / 1e9:.1f} | {simulated} | {fits} | {traffic} |", flush=True)
+
+
+def load(folder: str) -> None:
+    """LoRA and QLoRA: what the model takes, and the process's own memory (without the mapped file's pages) while it is built."""
+    device, own = torch.device("cpu"), re.compile(r"RssAnon:\s+(\d+)")
+
+    def now() -> int:
+        return int(own.search(Path("/proc/self/status").read_text())[1]) * 1024
+
+    workers = Workers(device)
+    for method in ("lora", "qlora"):
+        config = TrainConfig(model=folder, dtype="bf16", fsdp=workers.world > 1, **METHODS[method])
+        before, seen, done = now(), [0], threading.Event()
+
+        def look(seen=seen, done=done):
+            while not done.wait(0.002):
+                seen.append(max(seen.pop(), now()))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        model = build(config, device, shard=sharding(config, device, workers))
+        done.set()
+        thread.join()
+        sizes = [(x.nbytes, x.to_local().nbytes if workers.world > 1 else x.nbytes) for x in model.parameters()]
+        whole, held = map(sum, zip(*sizes, strict=True))
+        if workers.rank == 0:
+            peak = (seen[0] - before) / 1e6
+            print(f"{method}: model {whole / 1e6:,.0f} MB, held here {held / 1e6:,.0f}, at the peak {peak:,.0f} MB")
+        del model
+        gc.collect()
+    if workers.world > 1:
+        workers.wait()
+        torch.distributed.destroy_process_group()
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a configuration as JSON: measured in this process
+    parser.add_argument("--plan", choices=PRESETS, help="this model over many GPUs, by formula and simulation")
+    parser.add_argument("--load", metavar="FOLDER", help="the host's memory while this model is loaded; with torchrun: in shards")
     mine = parser.parse_args()
+    if mine.plan:
+        return plan(mine.plan)
+    if mine.load:
+        return load(mine.load)
     if mine.one:
         return print(json.dumps(one(torch.device(mine.device), *json.loads(mine.one))))
 

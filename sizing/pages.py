@@ -1,0 +1,322 @@
+"""What memory.py prints: the breakdown and its picture, what a GPU can do with a model, the most that fits, and the starting
+document's table beside this project's count."""
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, replace
+
+import torch
+
+import train
+from data import parse_flags
+from memory import (
+    GPU,
+    GPUS,
+    Timeline,
+    advice,
+    find_gpu,
+    formula,
+    letters,
+    linears,
+    listed,
+    measure,
+    needed,
+    predict,
+    sharded,
+    simulated,
+)
+from model import PRESETS, read_config
+
+TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
+GENERIC = GPU("a GPU", 0)  # for who names none
+
+
+def answer(mine, rest: list[str]) -> None:
+    """mine: this program's own flags; rest: train.py's. Raises ValueError with one sentence for a user's mistake."""
+    if mine.reproduce:
+        return reproduce()
+    given = train.with_tuples(
+        parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest)
+    )
+    name = given.get("model", "7b")
+    sizes, gpu, nproc = PRESETS.get(name) or read_config(name), find_gpu(mine.gpu) if mine.gpu else None, mine.nproc
+    on = None if given.get("device") == "cpu" else gpu or GENERIC
+    length, window = given.get("model_max_length", train.TrainConfig.model_max_length), sizes.max_seq_len
+    too_long = f"--model_max_length {length} is more than the {window} tokens the model was trained to read; for as many a row: "
+    too_long += f"--per_device_train_batch_size {-(-length // window)} --model_max_length {window}"
+    wants_bf16 = given.get("dtype") == "bf16" or given.get("pure_bf16")
+    for wrong, sentence in (
+        (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
+        (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
+        (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
+        (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
+        (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),
+        (length > window, too_long),
+    ):
+        if wrong:
+            raise ValueError(sentence)
+
+    def make(method, **more):
+        packed = {"quantize": "nf4"} if method == "qlora" else {}
+        dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else on.dtype if on else "fp32"
+        return train.TrainConfig(**packed | given | {"dtype": dtype, "method": method} | more)
+
+    if "method" not in given and not mine.solve and not mine.measure and on:
+        return grid(name, sizes, make, on, nproc, mine.json)
+    flags = make(given.get("method", "lora"))
+    if mine.solve:
+        return print(solve(mine.solve, sizes, flags, gpu, nproc))
+    line = simulate(flags, sizes, on, nproc)
+    real = measure(train.Rehearsal(flags, sizes, torch.device("cuda", 0)), torch.device("cuda", 0)) if mine.measure else None
+
+    closed, counted = formula(sizes, flags, on, nproc), simulated(line, sizes.n_layers)
+    measured = simulated(real, sizes.n_layers) | {"reserved": real.reserved} if real else {}
+    added = gpu_terms(line, on) if on else {}
+    arithmetic = {x: text for x, (text, _) in (added | closed).items()}
+    order = [x for x in closed if x != "allocated peak"] + (list(added) or ["allocated peak"])
+    counted |= {x: size for x, (_, size) in added.items()}
+    by_hand = {x: size for x, (_, size) in closed.items()} | ({"CUDA context": on.context} if on else {})
+    columns = {"formula": by_hand, "simulated": counted, "measured": measured}
+    terms = {x: {key: column.get(x) for key, column in columns.items()} for x in order}
+    layers, verdict, need = layer_rows(line), None, (line.reserved or line.peak) + (on.context if on else 0)
+    if gpu:
+        verdict = {"gpu": gpu.name, "capacity": gpu.memory, "needed": need, "fits": need <= gpu.memory}
+        verdict["changes"] = [] if verdict["fits"] else advice(sizes, flags, gpu, nproc)
+    if mine.json:
+        unknown = dict.fromkeys(("formula", "simulated", "measured"))
+        result = {"model": name, "method": flags.method, "flags": asdict(flags)}
+        result |= {"terms": {x: row for x, row in terms.items() if x not in TOTALS}, "per_layer": layers}
+        result |= {"peak": {short: terms.get(x, unknown) for x, short in TOTALS.items()}}
+        print(json.dumps(result | {"peak_phase": f"{line.highest.part}, {line.highest.name}", "verdict": verdict}))
+    else:
+        tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
+        print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
+        show(letters(sizes, flags, nproc), terms, arithmetic, layers, line)
+        if verdict:
+            fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
+            print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
+            print("stay free." if fits else f"too few. What would help:{listed(verdict['changes'])}")
+        elif on:
+            held = holders(lambda gpu: line.reserved + gpu.context)
+            print(f"\nGPUs that hold it: {held}; --gpu NAME says by how much, or what helps.")
+    if mine.plot:
+        plot(line, mine.plot, gpu, f"{name}, {flags.method}")
+
+
+def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
+    return predict(train.Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None, processes=nproc), gpu)
+
+
+def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
+    """What the allocator and the driver add to `formula`: replayed, or known by experience."""
+    return {
+        "allocator's rounding": ("rests of up to 1 MiB", line.tails),
+        "allocated peak": ("", line.peak),
+        "reserved": ("segments of the allocator", line.reserved),
+        "CUDA context": ("+- 0.1 GB", gpu.context),
+        "nvidia-smi": ("reserved + CUDA context", line.reserved + gpu.context),
+    }
+
+
+def layer_rows(line: Timeline) -> list[dict]:
+    """What each layer keeps in forward; what its backward needs on top, adds (gradients) and frees. Second step, bytes."""
+    rows = {}
+    for phase in line.phases:
+        if phase.part == "second step" and phase.layer is not None:
+            row = rows.setdefault(phase.layer, {"layer": phase.layer})
+            if phase.name.startswith("forward"):
+                row |= {"forward_kept": phase.kept, "forward_peak": phase.rise}
+            else:
+                added = phase.end["gradients"] - phase.start["gradients"]
+                row |= {"backward_peak": phase.rise, "backward_added": added, "backward_freed": added - phase.kept}
+    return [rows[i] for i in sorted(rows)]
+
+
+def table(title: str, columns: list[str], rows, width: int = 38) -> None:
+    """Print rows of (name, sizes in bytes or None or words, one for each column, a note) in GB."""
+    print(f"{title:{width}}" + "".join(f"{column:>11}" for column in columns))
+    for name, *cells, note in rows:
+        texts = ["" if cell is None else cell if isinstance(cell, str) else f"{cell / 1e9:,.3f}" for cell in cells]
+        print(f"{name:{width}}" + "".join(f"{text:>11}" for text in texts) + f"   {note}".rstrip())
+
+
+def show(known: dict, terms: dict, arithmetic: dict, layers: list[dict], line: Timeline) -> None:
+    """The breakdown, the layers (those like the one before are left out) and the timeline."""
+    names = ["formula", "simulated", "measured"]
+    table("GB (10^9 bytes)", names, [(x, *row.values(), arithmetic[x]) for x, row in terms.items()], 28)
+    print("\n" + ", ".join(f"{letter} {value:,}" for letter, value in known.items()))
+    totals = [f"{x} {terms[x]['simulated'] / 2**30:.2f} GiB" for x in TOTALS if x in terms]
+    print(f"{', '.join(totals)}. The peak is in the {line.highest.part}, {line.highest.name}.\n")
+    sizes = [list(row.values())[1:] for row in layers]
+    rows = [(f"layer {i}", *row, "") for i, row in enumerate(sizes) if i in (0, len(sizes) - 1) or row != sizes[i - 1]]
+    table("GB per layer", ["kept", "peak", "backward", "adds", "frees"], rows, 14)
+    ends = [phase for phase in line.phases if phase.layer in (None, 0, len(layers) - 1)]
+    rows = [(f"{p.part}, {p.name}", *(x.total() for x in p.moments), "<- the peak" if p is line.highest else "") for p in ends]
+    table("\nGB over time", ["start", "peak", "end"], rows, 39)
+
+
+def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
+    """A stacked area over the run's phases, and the GPU's memory as a line."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # no screen is needed
+    from matplotlib import pyplot
+
+    moments = [moment for phase in line.phases for moment in phase.moments]
+    kinds = list(dict.fromkeys(kind for moment in moments for kind in moment))
+    _, axes = pyplot.subplots(figsize=(11, 5))
+    axes.stackplot(range(len(moments)), [[moment[kind] / 1e9 for moment in moments] for kind in kinds], labels=kinds)
+    parts = [phase.part for phase in line.phases]
+    axes.set_xticks([3 * parts.index(part) for part in dict.fromkeys(parts)], dict.fromkeys(parts), ha="left")
+    if gpu:
+        axes.axhline((gpu.memory - gpu.context) / 1e9, color="red", label=f"{gpu.name}, less the CUDA context")
+    axes.set(ylabel="GB allocated", title=title)
+    axes.legend(loc="lower right", fontsize=8)
+    pyplot.savefig(path, dpi=120)
+
+
+def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
+    """full, LoRA and QLoRA at 1k to 8k tokens with checkpointing, by the formula, and which GPUs hold each."""
+    rows, best = [], {}
+    for method in ("full", "lora", "qlora"):
+        for tokens in (1024, 2048, 4096, 8192):
+            batch = max(1, tokens // sizes.max_seq_len)
+            row = {"per_device_train_batch_size": batch, "model_max_length": tokens // batch, "gradient_checkpointing": True}
+            flags = make(method, **row)
+            size, held = needed(sizes, flags, gpu, nproc), holders(lambda gpu, flags=flags: needed(sizes, flags, gpu, nproc))
+            fits = size <= gpu.memory if gpu.memory else None
+            row = {"method": method, "tokens": tokens, "batch": batch, "bytes": size, "fits": fits}
+            rows.append(row | {"held_by": [] if held.startswith("none") else held.split()})
+            if fits:
+                best[method] = flags  # the longest of each method
+    if as_json:
+        return print(json.dumps({"model": name, "grid": rows}))
+    print("By the formula, with --gradient_checkpointing: the allocated peak and the CUDA context; the GPUs that hold it\n")
+    lines = [(f"{row['method']:6}{row['tokens']:>5} tokens  ", row["bytes"], " ".join(row["held_by"]) or "none") for row in rows]
+    table("GB (10^9 bytes)", ["needed"], lines, 20)
+    print()
+    if not gpu.memory:
+        print("--method shows one of them in full; --gpu NAME says what that GPU can do.")
+    elif best:
+        most = [f"{x} to {y.per_device_train_batch_size * y.model_max_length} tokens" for x, y in best.items()]
+        flags = best.get("lora") or best.get("qlora") or best["full"]
+        print(f"On {gpu.name} ({gpu.memory / 1e9:.2f} GB): {', '.join(most)}")
+        print(
+            f"To begin with: torchrun --nproc_per_node {nproc} train.py --method {flags.method} --model FOLDER --data RECORDS "
+            f"--gradient_checkpointing --model_max_length {flags.model_max_length} "
+            f"--per_device_train_batch_size {flags.per_device_train_batch_size}"
+        )
+    else:
+        least = make("qlora", model_max_length=512, gradient_checkpointing=True)
+        print(f"None fits whole on {gpu.name} ({gpu.memory / 1e9:.2f} GB): the least, qlora at 512 tokens, takes ", end="")
+        print(f"{needed(sizes, least, gpu, nproc) / 1e9:.2f} GB.")
+        print(f"  one GPU that holds it: {holders(lambda gpu: needed(sizes, least, gpu))}")
+        if gpu.dtype == "fp16":
+            print(f"  cut over several GPUs, --fsdp, it is computed in bf16, which {gpu.name} has not")
+        else:
+            print(f"  {within(sizes, make, gpu, nproc) if nproc > 1 else fewest(sizes, least, gpu)}")
+
+
+def holders(need) -> str:
+    """The known GPUs whose memory is at least need(gpu) bytes."""
+    return " ".join(gpu.name for gpu in GPUS.values() if need(gpu) <= gpu.memory) or "none of those known"
+
+
+def within(sizes, make, gpu: GPU, nproc: int) -> str:
+    """What so many GPUs can do with a model that no one of them holds: QLoRA in shards, at the longest length that fits."""
+    for more in ({}, {"cpu_offload": True}):
+        for length in (4096, 2048, 1024, 512):
+            longest = {"model_max_length": min(length, sizes.max_seq_len), "gradient_checkpointing": True}
+            flags = sharded(make("qlora", **longest), **more)
+            if needed(sizes, flags, gpu, nproc) > gpu.memory:
+                continue
+            line = simulate(flags, sizes, gpu, nproc)
+            if (need := line.reserved + gpu.context) <= gpu.memory:
+                offload = " --cpu_offload True" * bool(more)
+                waits = f", and {nproc} x {line.host / 1e9:.2f} GB of the host's memory" * bool(more)
+                flags = f"--method qlora --fsdp True{offload} --gradient_checkpointing"
+                flags += f" --model_max_length {length}"
+                start = f"torchrun --nproc_per_node {nproc} train.py {flags} --model FOLDER --data RECORDS"
+                return f"{nproc} x {gpu.name} in shards: {need / 1e9:.2f} GB each, simulated{waits}\n  {start}"
+    least = make("qlora", model_max_length=512, gradient_checkpointing=True)
+    return f"{nproc} x {gpu.name} do not hold it in shards either, nor with --cpu_offload; {fewest(sizes, least, gpu)}"
+
+
+def fewest(sizes, flags, gpu: GPU) -> str:
+    """The fewest GPUs that hold it, sharded: sought with the formula, confirmed with a simulation."""
+    for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512):
+        tried = sharded(flags) if count > 1 else flags
+        if needed(sizes, tried, gpu, count) <= gpu.memory:
+            need = simulate(tried, sizes, gpu, count).reserved + gpu.context
+            if need <= gpu.memory:
+                how = f"{count} x {gpu.name}" + f", --nproc {count} --fsdp" * (count > 1)
+                return f"{how}: {need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB each, simulated"
+    return f"no number of {gpu.name} up to 512: what is not sharded, activations and loss, is too much; --solve length"
+
+
+def solve(what: str, sizes, flags, gpu: GPU, nproc: int) -> str:
+    """The largest batch or length, or the fewest GPUs, that fit: sought with the formula, confirmed with a simulation."""
+    if what == "gpus":
+        return fewest(sizes, flags, gpu)
+    name, step, most = "per_device_train_batch_size", 1, 4096
+    if what == "length":
+        name, step, most = "model_max_length", 128, sizes.max_seq_len
+    values = [replace(flags, **{name: value}) for value in range(step, most + 1, step)]
+    aim = gpu.memory  # lowered by what a simulation needs beyond the formula
+    while count := bisect_right(values, aim, key=lambda tried: needed(sizes, tried, gpu, nproc)):
+        need = simulate(values[count - 1], sizes, gpu, nproc).reserved + gpu.context
+        if need <= gpu.memory:
+            of = f"{need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB"
+            return f"--{name} {count * step} is the largest on {gpu.name}: {of}, simulated"
+        aim, values = aim - (need - gpu.memory), values[: count - 1]
+    return f"not even --{name} {step} fits on {gpu.name}; without --solve this program says what would"
+
+
+def reproduce() -> None:
+    """The starting document's sum (7B, 2,048 tokens, fp16, textbook attention) beside the count, and how it comes down."""
+
+    class Document(train.Rehearsal):
+        """16 bits throughout and AdamW straight on them, which train.py refuses to do: here it is only counted."""
+
+        def build(self):
+            model, _ = super().build()
+            self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            return model, self.optimizer
+
+    sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
+    pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
+    flags = train.TrainConfig(**base | pure, attention="textbook")
+    line = predict(Document(flags, sizes, torch.device("cpu")))
+    closed, counted = {x: size for x, (_, size) in formula(sizes, flags).items()}, simulated(line, sizes.n_layers)
+    first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
+    moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())
+    stated = [
+        ("weights", 13.5e9, closed["weights"], counted["weights"], "its norms were never registered: 266,240 numbers fewer"),
+        ("forward, first layer", 0.844e9, closed[first], counted[first], "theirs is what nvidia-smi rose by: segments"),
+        ("forward, each other layer", 0.76e9, closed[other], counted[other], "likewise; its tensors are the next line"),
+        ("  its tensors", 0.7172e9, closed[other], counted[other], "+ 0.537 for a softmax in fp32, + 0.004 for the mask,"),
+        ("", None, None, None, "- 0.067 for copies that its rotation kept"),
+        ("backward, a layer adds", 1e9, block, layer["backward_added"], "only gradients stay; the rest was segments"),
+        ("backward, a layer frees", None, closed[other], layer["backward_freed"], "not subtracted in its sum"),
+        ("all gradients", None, closed["gradients"], counted["gradients"], "the embedding's and the head's too"),
+        ("AdamW's two moments", None, moments, counted["weights"] * 2, "left out of its sum"),
+        ("its sum / the peak", 69.904e9, None, counted["allocated peak"], "gradients come while activations go"),
+    ]
+    table("GB (10^9 bytes)", ["document", "formula", "simulated"], stated, 28)
+    print("\nThe same fine-tuning step by step (2,048 tokens, allocated peak on a GPU, GB):\n")
+    for text, peak in (
+        ("the document: its sum", 69.904e9),
+        ("... with the AdamW moments it left out", 69.904e9 + moments),
+        ("here: 16 bits throughout, textbook attention, AdamW", line.peak),
+        ("full, fp32 masters, flash attention: no T x T matrix", {"method": "full"}),
+        ("+ pure bf16 and 8-bit AdamW: 2 + 2 + 2 bytes a weight, not 18", pure),
+        ("+ gradient checkpointing: a block's input kept, not its inside", pure | again),
+        ("LoRA: no gradients and moments but the adapters'", {}),
+        ("+ gradient checkpointing", again),
+        ("QLoRA + gradient checkpointing: the weights in 4 bits", {"method": "qlora", "quantize": "nf4"} | again),
+    ):
+        if isinstance(peak, dict):
+            peak = simulate(train.TrainConfig(**base | peak), sizes, GENERIC).peak
+        print(f"{text:62}{peak / 1e9:>9.2f}")
