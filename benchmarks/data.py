@@ -133,7 +133,7 @@ def packing(path: str, tokenizer_path: str, length: int = 2048) -> None:
         print(f"batches of {batch} padded to their longest: {padded:.1%}; packing does {packed / padded:.2f} x the useful tokens")
 
 
-def useful_tokens(path: str, length: int = 2048, batch: int = 8, steps: int = 12) -> None:
+def useful_tokens(path: str, length: int = 2048, batch: int = 8, steps: int = 4) -> None:
     """Forward and backward of the embedded model over packed rows and over padded batches of the same documents, in turns."""
     from model import load_model
 
