@@ -425,6 +425,20 @@ def flash_scratch(grad, q, *_) -> int:
     return (tokens + 128) * heads * (-(-size // 32) * 32 + 1) * 4
 
 
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's kernel of RMSNorm keeps and makes; fake tensors would go the CPU's way, in separate operations."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(len(x), 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight) if ctx.needs_input_grad[2] else None, None
+
+
 SCRATCH = {"torch_attn::_varlen_attn_backward": flash_scratch}
 OFFLOADED = {"fsdp::all_gather_copy_in": lambda shards, *_: sum(shard.nbytes for shard in shards)}  # brought to the GPU first
 
@@ -503,7 +517,8 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
     fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else nullcontext()
     scratch = (SCRATCH if gpu else {}) | (OFFLOADED if run.config.cpu_offload and dry else {})
     away = KEPT if run.config.cpu_offload and dry else ()
-    with fake, Tracker(scratch, run.supervised if dry else None, away) as tracker:
+    norm = patch("torch.nn.functional.rms_norm", FusedNorm.apply) if gpu and dry else nullcontext()
+    with fake, norm, Tracker(scratch, run.supervised if dry else None, away) as tracker:
         perform(run, tracker, prepare)
     return tracker
 
@@ -582,7 +597,7 @@ def letters(sizes, flags, nproc: int = 1) -> dict:
     W, E = sum(out * inn for out, inn in inside.values()), (2 * V + 2 * L + 1) * C
     each = {name: (L if name in inside else 1) * sum(shape) for name, shape in (inside | outer(sizes)).items()}
     N = L * W + E if full else r * sum(each[name] for name in trained(sizes, flags))
-    known = {"T": T, "n": min(T, 1024), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
+    known = {"T": T, "n": min(T, 512), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
     small = half and full and (flags.pure_bf16 or flags.fsdp)  # 16 bits in the computation, whatever is kept
     known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
     known["s"] = 2 if half and (small or not full) else 4
@@ -635,9 +650,13 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         term("gathered weights", "3 * G + R", "2 * G + 2 * R")
         term("gradients to reduce", "B")
 
-    # What a block keeps. Its norms: their inputs in fp32, and what a trained weight is multiplied with; a frozen one needs none.
+    # What a block keeps. Its norms: their inputs and what uses their results; on a CPU the inputs in fp32, and what a trained
+    # weight is multiplied with.
     used = bool(moved & {"wq", "wk", "wv"}) + bool(moved & {"w1", "w3"})  # of the two norms' results
-    norms = "26" if masters else f"(8 + {4 if full else used} * b)"  # 26: inputs, results, and 5 bf16 copies of these
+    if gpu:
+        norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
+    else:
+        norms = "26" if masters else f"(8 + {4 if full else used} * b)"
     attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
         attention = f"T * 4 * C * b + H * T * T * {6 if half else 4} + T * T"
@@ -647,26 +666,23 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if not full and (within := moved & inside.keys()):
         block += f" + T * r * {len(within)} * b" + f" + r * {sum(sum(inside[x]) for x in within)} * 2" * half
     copies = " + W * 2" * masters  # of the weights, by autocast
-    kept = ("T * C * s" if again else block) + copies  # with checkpointing only the block's input
+    kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
-    term("activations, first layer", kept + " - T * C * 4" * made_by_nothing_trained)
+    term("activations, first layer", kept + f" - T * C * {'s' if gpu else 4}" * made_by_nothing_trained)
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
 
-    # The turn: the last norm and the loss, a chunk of n positions at a time, each computed again in backward.
-    several = T > 1024  # chunks
-    held = f" + T * C * (4 + s * {full + several})"  # the norm's and the loss's inputs
-    head = " + (V + n) * C * 2" * masters + (f" + V * C * {2 if masters else 'g'}" if full and several else "")
-    moments = ["3 * n * V * 4" + head + held]  # logits, their softmax, their gradient
-    if half and not masters:
-        moments.append("T * C * 22")  # the norm's backward
+    # The turn: the last norm's result, that where there is a label, and its gradient; then the logits of n positions at a time, their
+    # logarithms of probabilities, which become their gradient, and the head's.
+    held = "3 * T * C * s" + " + T * C * 4" * (half and not gpu)
+    moments = ["8 * n * V + n * C * s"]
+    if half:
+        moments = ["10 * n * V"]
     if masters:
-        moments.append("V * C * 6" + held)  # the head's gradient in bf16 and in fp32
+        moments = ["8 * n * V + 10 * V * C + n * C * 8"]
     elif full:
-        sums = "3 * V * C * g + n * C * b" + " - T * C * s" * (T <= 2048)  # of the chunks' gradients of the head
-        moments.append((sums if several else "V * C * g + n * V * b + T * C * b") + held)
-    if masters and again:  # autocast's copies are let go at the end of forward, before that backward
-        moments = [f"{text} - L * W * 2" for text in moments] + ["3 * T * C * 4 + V * C * 2 + 2 * n * V * 4"]
+        moments += ["8 * n * V + 2 * V * C * g + n * C * b"]
+    moments = [f"{text} + {held}" for text in moments]
     term("logits and loss", *moments)
 
     # A block's backward: gradients of the feed-forward layer's width, and a weight's gradient or a weight turned back.
@@ -675,15 +691,15 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         if masters and again:
             moments.append("C * F * 4 + T * C * 2")
         elif half and not buckets:  # all its gradients, its activations gone
-            moments.append(f"W * g + T * C * {28 if masters else 24} - ({block}{copies})")
+            moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
     else:
         moments = [f"{2 if 'w2' in moved else 3} * T * F * b"]
         if flags.quantize != "none":
-            moments += ["T * F * b + C * F * b", "C * F * b + 3 * T * C * b" if again else "C * F * b"]
+            moments += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
     if flags.attention == "textbook":
-        moments.append(f"H * T * T * 4 + T * C * {2 if half else 8}")
+        moments.append(f"H * T * T * 4 + T * C * {(4 if gpu else 2) if half else 8}")
     if again:  # the block once more, without a copy of its input
-        moments = [f"{block}{copies}{' - T * C * 4' * (s == 4)} + {text}" for text in moments]
+        moments = [f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)} + {text}" for text in moments]
     term("a block's backward", *moments)
     shapes = inside | outer(sizes)
     largest = min(2**24, max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in shapes[name]))
@@ -708,15 +724,14 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + "gradients" + " + 2 * V * C * (g + 4)" * full,  # what is in no block, reduced at last
         ]
     else:
-        gone = " - L * W * 2" * (masters and again)
         moments = [
             stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
-            stays + activations + (earlier or " + V * C * g" * (full and not buckets)) + backward + gone,
+            stays + activations + (earlier or " + V * C * g" * (full and not buckets)) + backward,
             stays + "gradients + " * (not buckets) + "optimizer_work",
         ]
         if full:
             made = "0" if buckets else "gradients - (W + V * C) * g"
-            moments.append(stays + f"{made} + {first}" + backward + " - W * 2" * (masters and again))
+            moments.append(stays + f"{made} + {first}" + backward)
             moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
     term("allocated peak", *moments)
     if flags.cpu_offload:

@@ -400,24 +400,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, labels, head, chunk, *weights):
-        total = hidden.new_zeros((), dtype=torch.float32)
-        ctx.grads = [torch.zeros_like(x) for x in (hidden, *weights)]
-        for start in range(0, len(labels), chunk):
-            part, label = hidden[start : start + chunk].detach().requires_grad_(), labels[start : start + chunk, None]
+        def visit(place, part, label):
+            """A chunk's loss. Its gradients go where they are summed, and all else ends with the visit."""
             with torch.enable_grad():
-                logits = head(part)
+                logits = head(part.requires_grad_())
             log_probs = logits.detach().float().log_softmax(-1)
-            total -= log_probs.gather(1, label).sum()
-            by_logits = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=torch.float32))
-            by_part, *by_weights = torch.autograd.grad(logits, (part, *_trained(head)), by_logits.to(logits.dtype))
-            ctx.grads[0][start : start + chunk] = by_part
-            for grad, more in zip(ctx.grads[1:], by_weights, strict=True):
-                grad += more
-        return total
+            loss = -log_probs.gather(1, label[:, None]).sum()
+            by_logits = log_probs.exp_()
+            by_logits[torch.arange(len(label), device=label.device), label] -= 1
+            grads = torch.autograd.grad(logits, (part, *_trained(head)), by_logits.to(logits.dtype))
+            for total, grad in zip((place, *ctx.grads[1:]), grads, strict=True):
+                total += grad
+            return loss
+
+        ctx.grads = [torch.zeros_like(x) for x in (hidden, *weights)]
+        chunks = zip(*(x.split(chunk) for x in (ctx.grads[0], hidden.detach(), labels)), strict=True)
+        return sum((visit(*tensors) for tensors in chunks), hidden.new_zeros((), dtype=torch.float32))
 
     @staticmethod
     def backward(ctx, by_loss):
-        by_hidden, *by_weights = (grad.mul_(by_loss) for grad in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # the only reference, so that nobody needs a copy
+        by_hidden, *by_weights = (grad.mul_(by_loss) for grad in grads)
         return by_hidden, None, None, None, *by_weights
 
 
