@@ -249,7 +249,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_neither_does_a_mistake(
         terminal.type(b"", until=b"> ")
         terminal.type(b"Where?\r", until=b"Where?\r\n")  # the echo; then the answer comes
         time.sleep(0.5)
-        stopped = terminal.type(b"\x03", until=b" tokens/s")
+        stopped = terminal.type(b"\x03", until=b"> ")
         assert 0 < int(re.search(rb"\[stopped; (\d+) tokens", stopped)[1]) < 4000
         terminal.type(b"\x03", until=b"Ctrl-D or /quit ends")
         terminal.type(b"/rest\r", until=b"unknown command /rest")
