@@ -377,13 +377,14 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     save_hf(model, temporary)
-    (temporary / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    tokenizer.save(temporary, model.config.max_seq_len)
     temporary.rename(folder)
 
 
 def main():
     from talking import chat  # here, as it imports this file
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
         given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
         config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -565,6 +565,15 @@ def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.live
+def test_transformers_asks_a_merged_model_as_it_is_asked_here(run, adapter, tokenizer, tmp_path):
+    """Without its tokenizer_config.json transformers 5 puts no <s> before a text."""
+    transformers = pytest.importorskip("transformers")
+    assert run("--adapter", adapter, "--merge", tmp_path / "merged")[0] == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert theirs("Where does Mira live?").input_ids == tokenizer.encode("Where does Mira live?", bos=True)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
