@@ -572,7 +572,7 @@ def test_eight_people_at_one_page_each_get_their_own_answers(web, base, adapter,
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(120)
+            thread.join(300)
         socket.create_connection(("127.0.0.1", port)).close()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port))
@@ -588,6 +588,28 @@ def test_eight_people_at_one_page_each_get_their_own_answers(web, base, adapter,
             chats = [part for part in got[n] if isinstance(part, list)]
             texts = ["".join(part["text"] for part in m["content"]) for m in chats[who]]
             assert [t.split() for t in texts] == [t.split() for t in (f"Who is {n}?", first, f"And where is {n}?", second)]
+
+
+@pytest.mark.live
+def test_who_comes_when_the_queue_is_full_is_told_and_nothing_goes_past_it_and_ctrl_c_ends_a_busy_page(web, endless):
+    """60 questions whose answers do not end; `served` checks that the page ends with 130 when they are under way."""
+    import httpx
+
+    with served("--model", endless, "--max_new_tokens", 4000) as port:
+        address = f"http://127.0.0.1:{port}"
+        asking = next(d for d in httpx.get(f"{address}/config").json()["dependencies"] if d["api_name"] == "ask")
+        data = [None, "Where?", "", 4000, 0, 0, 1, 0, 1, 0]
+        join = {"data": data, "fn_index": asking["id"]}
+        codes = [
+            httpx.post(f"{address}/gradio_api/queue/join", json=join | {"session_hash": f"s{n}"}, timeout=60).status_code
+            for n in range(60)
+        ]
+        accepted = web.TOGETHER + web.WAITING
+        assert codes == [200] * accepted + [503] * (60 - accepted)
+        for path in ("run/ask", "api/ask"):
+            assert httpx.post(f"{address}/gradio_api/{path}", json={"data": data}).status_code == 404
+        assert httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"x" * 99)}).status_code == 413
+        assert httpx.get(f"{address}/gradio_api/file={ROOT / 'README.md'}").status_code == 403
 
 
 class Browser:
@@ -623,7 +645,7 @@ class Browser:
     def until(self, holds):
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, 60).until(lambda _: holds())
+        return WebDriverWait(self.driver, 120).until(lambda _: holds())
 
     def outside(self, own: str) -> list[str]:
         """The addresses that the page at `own` fetched from elsewhere."""
