@@ -419,7 +419,7 @@ def test_a_bad_prompt_is_named_before_anything_is_answered(run, base, tmp_path, 
         ("--prompt x --samples 0", "--samples must be at least 1, not 0"),
         ("--web --port 70000", "--port must be from 1 to 65535, not 70000"),
         ("--web --host example", "--host must be an address such as 127.0.0.1, not example"),
-        ("--merge m --adapter a b", "--merge takes one adapter"),
+        ("--merge m --adapter a --adapter b", "--merge takes one adapter"),
         ("--adapter a --adapter b --save s", "--save writes a model without an adapter"),
     ],
 )
