@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS, order_for_cpu
+from quant import QUANTIZERS, CPULinear, order_for_cpu
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -294,11 +294,13 @@ def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
     template, _ = load_template(config.template or run.get("template", "llama2"))
     quantize = config.quantize or run.get("settings", {}).get("quantize", "none")
-    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize])
+    dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
+    order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
+    model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order)
     if config.compile:
         compile_decoding(model)
-    elif not (config.merge or config.save):
-        order_for_cpu(model)
+    elif answering:
+        order_for_cpu(model)  # the head
     pieces, known = tokenizer.vocab_size, model.config.vocab_size
     if pieces > known:
         raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
