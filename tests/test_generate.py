@@ -169,7 +169,7 @@ def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tin
 
 def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama):
     model = tiny_llama(dim=64, hidden_dim=160, vocab_size=340).bfloat16()
-    if not CPULinear.helps(model.output.weight):
+    if not CPULinear.helps(torch.device("cpu"), torch.bfloat16):
         pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
     tokens = torch.tensor(PROMPTS[3])
     with torch.no_grad():
@@ -180,7 +180,18 @@ def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama)
         assert type(model.output) is type(model.layers[0].feed_forward.w2) is CPULinear
         assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
     assert say(model, PROMPT, 4) == said
-    assert (CPULinear.helps(kept["norm.weight"].float())) is False
+    assert not CPULinear.helps(torch.device("cpu"), torch.float32)
+
+
+def test_a_bf16_model_is_read_in_a_cpus_order_to_answer_and_in_plain_rows_to_be_saved(base, tmp_path):
+    if not CPULinear.helps(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
+    model = load(config(model=base, dtype="bf16"))[0]
+    plain = load(GenerateConfig(model=str(base), device="cpu", dtype="bf16", save=str(tmp_path / "saved")))[0]
+    assert {type(module) for module in plain.modules()}.isdisjoint({CPULinear})
+    assert sum(type(module) is CPULinear for module in model.modules()) == 2 * 7 + 1
+    for name, weight in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name).to_dense(), weight)
 
 
 def test_of_several_prompts_one_that_is_empty_or_fills_the_window_is_refused(tiny_llama):
