@@ -26,9 +26,9 @@ from generate import (
     sample,
     text_stream,
 )
-from lora import LoRAError, load_adapter
-from model import CheckpointError, Llama, from_hf, load_model, save_hf
-from quant import CPULinear, order_for_cpu
+from lora import LoRAError, add_lora, load_adapter
+from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
+from quant import CPULinear, Int8Linear, NF4Linear, order_for_cpu
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,6 +165,19 @@ def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tin
     next(generate_batch(model, PROMPTS[:3], Sampling(**how)))  # at the same time: a cache of its own
     assert counter.frame_count == 1
     answers.close()
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear, None])
+def test_compiled_decoding_is_one_graph_with_quantised_weights_and_adapters_too(monkeypatch, kind):
+    torch.manual_seed(0)
+    sizes = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=96)
+    model = random_model(sizes, device="cpu", dtype=torch.float32, quantize=kind)
+    model, counter = model if kind else add_lora(model), CompileCounter()
+    plain = together(model, PROMPTS[:3], 12)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    assert together(compile_decoding(model), PROMPTS[:3], 12) == plain
+    assert counter.frame_count == 1
 
 
 def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama):
