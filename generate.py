@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
-from quant import QUANTIZERS, order_for_cpu
+from quant import QUANTIZERS, CPULinear, order_for_cpu
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -218,6 +218,7 @@ def generate_batch(
         for n in range(max(limits)):
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
+            tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
             for index, token in zip(list(active), tokens.tolist(), strict=True):
                 if token in stop_tokens:
                     finished.add(index)
@@ -310,9 +311,11 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
                 "adapters are compared on one base, that --model and --quantize name"
             )
     device = pick_device(config.device)
-    model = load_model(base, device=device, dtype=pick_dtype(config.dtype, device), quantize=QUANTIZERS[quantize]).eval()
-    if not (config.compile or config.merge or config.save):
-        order_for_cpu(model)
+    dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
+    order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
+    model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
+    if answering:
+        order_for_cpu(model)  # the head
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
     for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):
@@ -377,13 +380,14 @@ def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     save_hf(model, temporary)
-    (temporary / "tokenizer.model").write_bytes(tokenizer.pieces.serialized_model_proto())
+    tokenizer.save(temporary, model.config.max_seq_len)
     temporary.rename(folder)
 
 
 def main():
     from talking import chat  # here, as it imports this file
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
         given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
         config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

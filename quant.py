@@ -500,9 +500,9 @@ class CPULinear(FrozenLinear):
         self.weight = nn.Parameter(ordered, requires_grad=False)
 
     @staticmethod
-    def helps(weight: torch.Tensor) -> bool:
-        """Whether it is for a weight as this is, on a CPU as this is."""
-        return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    def helps(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is for weights of this kind, on a CPU as this is."""
+        return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -516,7 +516,7 @@ class CPULinear(FrozenLinear):
 def order_for_cpu(model: nn.Module) -> nn.Module:
     """Make every bf16 linear a CPULinear where that helps, in place, one at a time. Returns the model."""
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and CPULinear.helps(module.weight):
+        if type(module) is nn.Linear and CPULinear.helps(module.weight.device, module.weight.dtype):
             model.set_submodule(path, CPULinear(module.weight))
     return model
 

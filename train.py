@@ -778,10 +778,7 @@ def save_final(config: TrainConfig, model: Llama, folder: Path, dtype: torch.dty
 
 
 def copy_tokenizer(config: TrainConfig, folder: Path, window: int) -> None:
-    shutil.copyfile(tokenizer_file(config), folder / "tokenizer.model")
-    about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": window}
-    write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
+    Tokenizer(tokenizer_file(config)).save(folder, window)
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
         if (Path(config.model) / name).is_file():
             shutil.copyfile(Path(config.model) / name, folder / name)

@@ -2,11 +2,12 @@
 
     python benchmarks/decode.py [--preset 125m|1b] [--device cuda] [--quantize none int8 nf4] [--batch 1 8] [--compile]
 
-Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way. A turn is an
-answer of --new_tokens tokens to each of --batch prompts of 32 random tokens, greedy, the prompts included; the fastest of several
-turns counts. GB/s: the bytes of all weights but the embedding's, which a step reads once, times steps a second; beside it that of
-a plain bf16 product of one row with matrices of w1's shape, 600 MB of them, so that none is in the cache. --compile adds
-transformers with its static cache and torch.compile, and ours with --compile; what compiling took is printed with the rest."""
+Each contestant is a process of its own that waits for its turn: nobody is in the way of another. A turn is an answer of
+--new_tokens tokens to each of --batch prompts of 32 random tokens, greedy. Taken are the time to the first token and the median
+of the other steps, of several turns the best, so that on a shared machine a disturbed turn does not count. GB/s: the bytes of
+all weights but the embedding's, which a step reads once, times steps a second; beside it that of a plain bf16 product of one
+row with matrices of w1's shape, 600 MB of them, so that none is in the cache. --compile adds transformers with its static cache
+and torch.compile, and ours with --compile; what compiling took is printed with the rest."""
 
 import argparse
 import json
@@ -15,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import count, pairwise
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +43,10 @@ def ours(options, quantize: str, compiled: bool):
     (compile_decoding if compiled else order_for_cpu)(model)
     sampling = Sampling(max_new_tokens=options.new_tokens)
 
-    def answer(batch):
-        return len(list(generate_batch(model, prompts(batch).tolist(), sampling)))
+    def answer(batch, step):
+        for index, _ in generate_batch(model, prompts(batch).tolist(), sampling):
+            if index == 0:
+                step()
 
     return answer, weights
 
@@ -64,40 +70,45 @@ def theirs(options, quantize: str, compiled: bool):
         how["compile_config"]._compile_all_devices = True
         how["cache_implementation"] = "static"
 
-    def answer(batch):
+    def answer(batch, step):
         ids = prompts(batch).to(options.device)
+        calls = count(-1)  # the first call brings the prompt
+        streamer = SimpleNamespace(put=lambda tokens: step() if next(calls) >= 0 else None, end=lambda: None)
         with torch.inference_mode():
-            return (model.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, 32:]).numel()
+            model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **how)
 
     return answer, weights
 
 
 def product(options, *_):
-    """The plain product: its "answer" is one pass over the matrices."""
+    """The plain product: its steps are passes over the matrices."""
     config = PRESETS[options.preset]
-    count = max(1, 600_000_000 // (2 * config.dim * config.hidden_dim))
-    weights = [torch.randn(config.hidden_dim, config.dim, device=options.device).bfloat16() for _ in range(count)]
+    copies = max(1, 600_000_000 // (2 * config.dim * config.hidden_dim))
+    weights = [torch.randn(config.hidden_dim, config.dim, device=options.device).bfloat16() for _ in range(copies)]
     x = torch.randn(1, config.dim, device=options.device).bfloat16()
 
-    def answer(batch):
-        for weight in weights:
-            F.linear(x, weight)
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return 1
+    def answer(batch, step):
+        for _ in range(3):
+            for weight in weights:
+                F.linear(x, weight)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            step()
 
     return torch.inference_mode()(answer), sum(weight.nbytes for weight in weights)
 
 
 def contestant(options) -> None:
-    """Say the bytes of the weights, then answer every line on stdin, a batch size, with the seconds of a turn and its tokens."""
+    """Say the bytes of the weights, then answer every line on stdin, a batch size, with the seconds to the first token, of the
+    median step after it, and of all."""
     kind, quantize, how = options.who.split(":")
     answer, weights = {"ours": ours, "theirs": theirs, "product": product}[kind](options, quantize, how == "compiled")
     print(json.dumps({"weights": weights}), flush=True)
     for line in sys.stdin:
-        began = time.perf_counter()
-        tokens = answer(int(line))
-        print(json.dumps({"seconds": time.perf_counter() - began, "tokens": tokens}), flush=True)
+        times = [time.perf_counter()]
+        answer(int(line), lambda times=times: times.append(time.perf_counter()))
+        first, *steps = [after - before for before, after in pairwise(times)]
+        print(json.dumps({"first": first, "step": median(steps), "all": times[-1] - times[0]}), flush=True)
 
 
 def compare(options) -> None:
@@ -119,38 +130,35 @@ def compare(options) -> None:
         raise SystemExit(f"{who} stopped; see above")
 
     weights = {who: heard(who)["weights"] for who in people}
-    best, first = {}, {}
-    for turn in range(options.rounds + 1):  # the first turn compiles and warms up
+    best, cold = {}, {}
+    for _ in range(options.rounds + 1):  # the first turn compiles and warms up
         for who, process in processes.items():
             for batch in options.batch if who != "product::" else [1]:
                 process.stdin.write(f"{batch}\n")
                 process.stdin.flush()
-                said = heard(who)
-                key = (who, batch)
-                if turn == 0:
-                    first[key] = said["seconds"]
-                elif said["seconds"] < best.get(key, (math.inf,))[0]:
-                    best[key] = said["seconds"], said["tokens"]
+                said, key = heard(who), (who, batch)
+                if key not in cold:
+                    cold[key], best[key] = said["all"], {"first": math.inf, "step": math.inf}
+                else:
+                    best[key] = {what: min(seconds, said[what]) for what, seconds in best[key].items()}
     for process in processes.values():
         process.stdin.close()
         process.wait()
 
-    plain = weights["product::"] / best["product::", 1][0] / 1e9
+    plain = weights["product::"] / best["product::", 1]["step"] / 1e9
     print(f"plain bf16 product of one row: {plain:.1f} GB/s\n")
-    print("| | batch | tokens/s | GB/s of weights | of the plain product | first turn, s | to transformers, bf16 |")
-    print("|---|---|---|---|---|---|---|")
-    rate = {key: tokens / seconds for key, (seconds, tokens) in best.items()}
+    print("| | batch | tokens/s | GB/s | of the product | to transformers, bf16 | first token, s | cold turn, s |")
+    print("|---|---|---|---|---|---|---|---|")
     for batch in options.batch:
-        fastest = max((rate[who, batch] for who in people if who.startswith("theirs:none")), default=math.nan)
-        for who in people[1:]:
+        step = {who: best[who, batch]["step"] for who in people[1:]}
+        theirs = min((seconds for who, seconds in step.items() if who.startswith("theirs:none")), default=math.nan)
+        for who, seconds in step.items():
             kind, quantize, how = who.split(":")
             name = f"{kind}, {'bf16' if quantize == 'none' else quantize}{', compiled' if how else ''}"
-            speed = weights[who] * rate[who, batch] / batch / 1e9
-            print(
-                f"| {name} | {batch} | {rate[who, batch]:.1f} | {speed:.1f} | {speed / plain:.0%} | {first[who, batch]:.1f} | "
-                f"{rate[who, batch] / fastest:.2f} |",
-                flush=True,
-            )
+            cells = [name, batch, f"{batch / seconds:.1f}", f"{weights[who] / seconds / 1e9:.1f}"]
+            cells += [f"{weights[who] / seconds / 1e9 / plain:.0%}", f"{theirs / seconds:.2f}"]
+            cells += [f"{best[who, batch]['first']:.2f}", f"{cold[who, batch]:.1f}"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main():

@@ -179,14 +179,6 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
     while True:
         try:
             line, number = input("> " if live else ""), number + 1
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not live:
-                raise
-            note("\n(Ctrl-D or /quit ends)")
-            continue
-        try:
             word, _, rest = check_text(line, f"line {number} of the input").strip().partition(" ")
             if word == "/quit":
                 return
@@ -211,10 +203,12 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
                 turns = [*before, (question, texts, tries)]
                 if stopped and not live:
                     sys.exit(130)
-        except DataError as error:
+        except EOFError:
+            return
+        except (DataError, KeyboardInterrupt) as error:
             if not live:
                 raise
-            note(f"({error})")
+            note(f"({error})" if str(error) else "\n(Ctrl-D or /quit ends)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

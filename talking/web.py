@@ -194,4 +194,7 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
     except OSError:
         raise DataError(f"port {config.port} of {config.host} is taken or not allowed: name another with --port") from None
     print(f"http://{config.host}:{config.port}  (Ctrl-C ends)", flush=True)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: the desk's thread may be inside a model, and Python's own way to end would abort there

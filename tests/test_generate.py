@@ -26,9 +26,9 @@ from generate import (
     sample,
     text_stream,
 )
-from lora import LoRAError, load_adapter
-from model import CheckpointError, Llama, from_hf, load_model, save_hf
-from quant import CPULinear, order_for_cpu
+from lora import LoRAError, add_lora, load_adapter
+from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
+from quant import CPULinear, Int8Linear, NF4Linear, order_for_cpu
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -167,9 +167,22 @@ def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tin
     answers.close()
 
 
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear, None])
+def test_compiled_decoding_is_one_graph_with_quantised_weights_and_adapters_too(monkeypatch, kind):
+    torch.manual_seed(0)
+    sizes = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=96)
+    model = random_model(sizes, device="cpu", dtype=torch.float32, quantize=kind)
+    model, counter = model if kind else add_lora(model), CompileCounter()
+    plain = together(model, PROMPTS[:3], 12)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    assert together(compile_decoding(model), PROMPTS[:3], 12) == plain
+    assert counter.frame_count == 1
+
+
 def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama):
     model = tiny_llama(dim=64, hidden_dim=160, vocab_size=340).bfloat16()
-    if not CPULinear.helps(model.output.weight):
+    if not CPULinear.helps(torch.device("cpu"), torch.bfloat16):
         pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
     tokens = torch.tensor(PROMPTS[3])
     with torch.no_grad():
@@ -180,7 +193,18 @@ def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama)
         assert type(model.output) is type(model.layers[0].feed_forward.w2) is CPULinear
         assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
     assert say(model, PROMPT, 4) == said
-    assert (CPULinear.helps(kept["norm.weight"].float())) is False
+    assert not CPULinear.helps(torch.device("cpu"), torch.float32)
+
+
+def test_a_bf16_model_is_read_in_a_cpus_order_to_answer_and_in_plain_rows_to_be_saved(base, tmp_path):
+    if not CPULinear.helps(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this CPU, or its PyTorch, has no bf16 products of its own")
+    model = load(config(model=base, dtype="bf16"))[0]
+    plain = load(GenerateConfig(model=str(base), device="cpu", dtype="bf16", save=str(tmp_path / "saved")))[0]
+    assert {type(module) for module in plain.modules()}.isdisjoint({CPULinear})
+    assert sum(type(module) is CPULinear for module in model.modules()) == 2 * 7 + 1
+    for name, weight in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name).to_dense(), weight)
 
 
 def test_of_several_prompts_one_that_is_empty_or_fills_the_window_is_refused(tiny_llama):
@@ -563,6 +587,15 @@ def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table
     assert code == 0 and out.count("| base |") == 2 and "int8, bfloat16" in out
     assert run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.live
+def test_transformers_asks_a_merged_model_as_it_is_asked_here(run, adapter, tokenizer, tmp_path):
+    """Without its tokenizer_config.json transformers 5 puts no <s> before a text."""
+    transformers = pytest.importorskip("transformers")
+    assert run("--adapter", adapter, "--merge", tmp_path / "merged")[0] == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert theirs("Where does Mira live?").input_ids == tokenizer.encode("Where does Mira live?", bos=True)
 
 
 @pytest.mark.parametrize(
