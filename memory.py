@@ -435,6 +435,8 @@ OFFLOADED = {"fsdp::all_gather_copy_in": lambda shards, *_: sum(shard.nbytes for
 
 def perform(run, recorder, prepare) -> None:
     """Build the run, then two steps, an evaluation and a save of it. prepare(model): what there is before the first step."""
+    if run.config.optimizer_in_backward:
+        raise RuntimeError("steps inside backward are not simulated; without --optimizer_in_backward it takes no less")
     recorder.part = "load"
     recorder.begin("load")
     model, optimizer = run.build()

@@ -380,6 +380,7 @@ def test_the_picture_is_drawn(tmp_path):
         ("--model 7b --method lora --model_max_length 8192", "--per_device_train_batch_size 2 --model_max_length 4096"),
         ("--model 7b --method lora --gpu t4 --dtype bf16", "t4 has no bf16"),
         ("--model 7b --solve batch", "--solve needs --gpu"),
+        ("--model 7b --optimizer_in_backward --max_grad_norm 0", "steps inside backward are not simulated"),
         ("--model 7b --nproc 0", "--nproc must be at least 1"),
         ("--model 7b --method lora --fsdp", "--fsdp shares a model out over several processes"),
         ("--model 7b --method full --fsdp --nproc 8 --optim adamw_8bit", "--fsdp takes --optim adamw"),
