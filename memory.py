@@ -449,6 +449,8 @@ OFFLOADED = {"fsdp::all_gather_copy_in": lambda shards, *_: sum(shard.nbytes for
 
 def perform(run, recorder, prepare) -> None:
     """Build the run, then two steps, an evaluation and a save of it. prepare(model): what there is before the first step."""
+    if run.config.optimizer_in_backward:
+        raise RuntimeError("steps inside backward are not simulated; without --optimizer_in_backward it takes no less")
     recorder.part = "load"
     recorder.begin("load")
     model, optimizer = run.build()
@@ -630,7 +632,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    T, C, F, V, L, g, s = (known[letter] for letter in "TCFVLgs")
+    C, F, V, L, g, s = (known[letter] for letter in "CFVLgs")
     terms = {}
 
     def term(name: str, *moments: str) -> None:
@@ -672,7 +674,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
 
-    # The turn: the last norm's result, that where there is a label, and its gradient; then the logits of n positions at a time, their
+    # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
     # logarithms of probabilities, which become their gradient, and the head's.
     held = "3 * T * C * s" + " + T * C * 4" * (half and not gpu)
     moments = ["8 * n * V + n * C * s"]

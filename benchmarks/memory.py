@@ -104,34 +104,32 @@ def plan(preset: str) -> None:
             print(f"| {method} | {count} | {size / 1e9:.1f} | {simulated} | {fits} | {traffic} |", flush=True)
 
 
-def load(folder: str) -> None:
-    """LoRA and QLoRA: what the model takes, and the process's own memory (without the mapped file's pages) while it is built."""
+def load(folder: str, method: str) -> None:
+    """What the model takes, and the process's own memory (without the mapped file's pages) while it is built."""
     device, own = torch.device("cpu"), re.compile(r"RssAnon:\s+(\d+)")
 
     def now() -> int:
         return int(own.search(Path("/proc/self/status").read_text())[1]) * 1024
 
     workers = Workers(device)
-    for method in ("lora", "qlora"):
-        config = TrainConfig(model=folder, dtype="bf16", fsdp=workers.world > 1, **METHODS[method])
-        before, seen, done = now(), [0], threading.Event()
+    config = TrainConfig(model=folder, dtype="bf16", fsdp=workers.world > 1, **METHODS[method])
+    shard = sharding(config, device, workers)
+    before, seen, done = now(), [0], threading.Event()
 
-        def look(seen=seen, done=done):
-            while not done.wait(0.002):
-                seen.append(max(seen.pop(), now()))
+    def look():
+        while not done.wait(0.002):
+            seen.append(max(seen.pop(), now()))
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        model = build(config, device, shard=sharding(config, device, workers))
-        done.set()
-        thread.join()
-        sizes = [(x.nbytes, x.to_local().nbytes if workers.world > 1 else x.nbytes) for x in model.parameters()]
-        whole, held = map(sum, zip(*sizes, strict=True))
-        if workers.rank == 0:
-            peak = (seen[0] - before) / 1e6
-            print(f"{method}: model {whole / 1e6:,.0f} MB, held here {held / 1e6:,.0f}, at the peak {peak:,.0f} MB")
-        del model
-        gc.collect()
+    thread = threading.Thread(target=look)
+    thread.start()
+    model = build(config, device, shard=shard)
+    done.set()
+    thread.join()
+    sizes = [(x.nbytes, x.to_local().nbytes if workers.world > 1 else x.nbytes) for x in model.parameters()]
+    whole, held = map(sum, zip(*sizes, strict=True))
+    if workers.rank == 0:
+        peak = (seen[0] - before) / 1e6
+        print(f"{method}: model {whole / 1e6:,.0f} MB, held here {held / 1e6:,.0f}, at the peak {peak:,.0f} MB")
     if workers.world > 1:
         workers.wait()
         torch.distributed.destroy_process_group()
@@ -143,11 +141,12 @@ def main():
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a configuration as JSON: measured in this process
     parser.add_argument("--plan", choices=PRESETS, help="this model over many GPUs, by formula and simulation")
     parser.add_argument("--load", metavar="FOLDER", help="the host's memory while this model is loaded; with torchrun: in shards")
+    parser.add_argument("--method", choices=["lora", "qlora"], default="qlora", help="for --load")
     mine = parser.parse_args()
     if mine.plan:
         return plan(mine.plan)
     if mine.load:
-        return load(mine.load)
+        return load(mine.load, mine.method)
     if mine.one:
         return print(json.dumps(one(torch.device(mine.device), *json.loads(mine.one))))
 
