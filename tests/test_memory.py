@@ -179,9 +179,9 @@ from train import Workers
 workers, found = Workers(torch.device("cpu")), {}
 for name, flags in SHARDED.items():
     run = rehearsal(flags, dataclasses.replace(SIZES, n_layers=3), processes=2)
-    real = memory.measure(run, torch.device("cpu"))
+    real = [memory.measure(run, torch.device("cpu")) for _ in range(4)]
     if workers.rank == 0:  # beside the real group, as train.py does it
-        found[name] = [(line.peak, as_plain(line)) for line in (real, memory.predict(run))]
+        found[name] = [(line.peak, as_plain(line)) for line in (memory.predict(run), *real)]
     dist.barrier()
 if workers.rank == 0:
     print(json.dumps(found))
@@ -191,7 +191,7 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """{run: ((peak, phases) counted on real tensors in one of two processes that talk over gloo, the same predicted)}"""
+    """{run: [(peak, phases) predicted, and four times counted on real tensors in one of two processes that talk over gloo]}"""
     script = tmp_path_factory.mktemp("two") / "on_two.py"
     script.write_text(ON_TWO)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -204,16 +204,18 @@ def on_two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_the_prediction_of_a_sharded_run_is_the_count_of_a_real_one_on_two_processes(name, on_two):
-    """Peak and every phase, FSDP's gathering, prefetching and reducing included. Allowed are the few bytes of a sum over the
-    processes (a loss, DDP's order of buckets) that gloo's thread may let go of a moment later, in saving the last weight that was
-    gathered whole, likewise, and in DDP's loading the copies with which it makes the weights of all processes equal."""
-    (peak, real), (predicted, fake) = on_two[name]
-    assert peak == pytest.approx(predicted, abs=512) and peak > 10**5
-    for a, b in zip(real, fake, strict=True):
-        assert a[:2] == b[:2]
-        if a[0] != "save" and (a[0] != "load" or not name.startswith("ddp")):
-            for kinds, expected in zip(a[2:], b[2:], strict=True):
-                assert sum(kinds.values()) == pytest.approx(sum(expected.values()), abs=512), (a, b)
+    """Peak and every phase, FSDP's gathering, prefetching and reducing included. gloo's thread may let go of a buffer a moment
+    later, which only ever adds: the least of four counts is compared. Allowed are the few bytes of a sum over the processes (a
+    loss, DDP's order of buckets), in saving the last weight that was gathered whole, and in DDP's loading the copies with which
+    it makes the weights of all processes equal."""
+    (predicted, fake), *counts = on_two[name]
+    assert min(peak for peak, _ in counts) == pytest.approx(predicted, abs=512) and predicted > 10**5
+    for phase, *real in zip(fake, *(phases for _, phases in counts), strict=True):
+        assert all(count[:2] == phase[:2] for count in real)
+        if phase[0] != "save" and (phase[0] != "load" or not name.startswith("ddp")):
+            for moment in (2, 3, 4):  # start, peak, end
+                least = min(sum(count[moment].values()) for count in real)
+                assert least == pytest.approx(sum(phase[moment].values()), abs=512), (phase, real)
 
 
 @pytest.mark.parametrize("name", ["qlora", "full-16-bit"])
