@@ -785,24 +785,19 @@ def cheaper(flags) -> list[tuple[str, dict]]:
     pure, qlora = {"optim": "adamw_8bit", "pure_bf16": True}, {"method": "qlora", "quantize": "nf4"}
     lora = {"method": "lora", "pure_bf16": False, "optim": "adamw"}
     fewer = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": flags.gradient_accumulation_steps * 2}
+    masters, alone = full and not (flags.pure_bf16 or flags.fsdp), not flags.optimizer_in_backward
+    halved = f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps"
     ways = [
         (not flags.gradient_checkpointing, "--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}),
-        (
-            full and flags.optim == "adamw" and not flags.fsdp,
-            "--optim adamw_8bit, the same losses to rounding",
-            {"optim": "adamw_8bit"},
-        ),
-        (
-            full and not (flags.pure_bf16 or flags.fsdp or flags.dtype != "bf16"),
-            "--pure_bf16 --optim adamw_8bit, no fp32 weights",
-            pure,
-        ),
+        (masters and flags.optim == "adamw", "--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}),
+        (masters and flags.dtype == "bf16", "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
         (flags.method == "lora" and flags.quantize != "nf4", "--method qlora, 4-bit weights, a little slower", qlora),
         (
-            batch > 1 and not flags.optimizer_in_backward,
-            f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps",
-            fewer,
+            flags.fsdp and not flags.cpu_offload,
+            "--cpu_offload True, what stays waits in the host's memory",
+            {"cpu_offload": True},
         ),
+        (batch > 1 and alone, halved, fewer),
         (batch == 1 and length > 256, f"--model_max_length {length // 2}, cutting documents", {"model_max_length": length // 2}),
         (full, "--method lora, other weights stay as they are", lora),
         (full, "--method qlora", lora | qlora),
