@@ -130,24 +130,23 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_replies(voices: list[Voice], system, turns, question, sampling: Sampling) -> tuple[list[str], bool]:
-    """Every voice's answer, printed as it comes, with its name above it if there are several. Returns the texts, and whether
-    Ctrl-C stopped them: what was said until then counts as the answer."""
-    texts = []
+def print_replies(voices: list[Voice], system, turns, question, sampling: Sampling, texts: list[str]) -> bool:
+    """Every voice's answer, printed as it comes, with its name above it if there are several, and put into its place in texts.
+    True if Ctrl-C stopped them: what was said until then counts as the answer."""
     for who, voice in enumerate(voices):
         reply = Reply(voice, system, turns, question, who, sampling)
         if len(voices) > 1:
             print(f"--- {voice.name}")
         try:
             for piece in reply:
+                texts[who] += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             note(f"\n[stopped; {reply}]")
-            return [*texts, reply.text, *[""] * (len(voices) - who - 1)], True
+            return True
         print(flush=True)
         note(f"[{reply}]")
-        texts.append(reply.text)
-    return texts, False
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def ask(voices: list[Voice], config: GenerateConfig) -> None:
     """--prompt: one question, answered by every voice, or --samples times by each."""
     check_text(config.prompt + (config.system or ""), "--prompt or --system")
     if config.samples == 1:
-        if print_replies(voices, config.system, [], config.prompt, config)[1]:
+        if print_replies(voices, config.system, [], config.prompt, config, [""] * len(voices)):
             sys.exit(130)
         return
     for voice in voices:
@@ -177,6 +176,7 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
     note(f"{' and '.join(voice.name for voice in voices)}, a window of {voices[0].model.config.max_seq_len} tokens; /help")
     system, turns, number = config.system, [], 0
     while True:
+        earlier = turns
         try:
             line, number = input("> " if live else ""), number + 1
             word, _, rest = check_text(line, f"line {number} of the input").strip().partition(" ")
@@ -199,15 +199,17 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
                 if word == "/regenerate":
                     question, before, tries = turns[-1][0], turns[:-1], turns[-1][2] + 1
                 sampling = replace(config, seed=config.seed + tries)
-                texts, stopped = print_replies(voices, system, before, question, sampling)
-                turns = [*before, (question, texts, tries)]
-                if stopped and not live:
+                texts = [""] * len(voices)
+                turns = [*before, (question, texts, tries)]  # now: a second Ctrl-C may come at any moment
+                if print_replies(voices, system, before, question, sampling, texts) and not live:
                     sys.exit(130)
         except EOFError:
             return
         except (DataError, KeyboardInterrupt) as error:
             if not live:
                 raise
+            if isinstance(error, DataError):
+                turns = earlier  # refused, not asked
             note(f"({error})" if str(error) else "\n(Ctrl-D or /quit ends)")
 
 
@@ -254,7 +256,7 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
             ids, _ = encode_dialog(dialog, voice.tokenizer, voice.template)
             if len(ids) >= voice.model.config.max_seq_len:
                 raise DataError(
-                    f"{record.file}, {record.where}: the prompt has {len(ids)} tokens and the model's window "
+                    f"{record.origin}: the prompt has {len(ids)} tokens and the model's window "
                     f"{voice.model.config.max_seq_len}: nothing is left for an answer"
                 )
             for sample in range(config.samples):
