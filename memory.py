@@ -658,7 +658,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if gpu:
         norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
     else:
-        norms = "26" if masters else f"(8 + {4 if full else used} * b)"
+        norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
     attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
         attention = f"T * 4 * C * b + H * T * T * {6 if half else 4} + T * T"

@@ -289,8 +289,8 @@ def reproduce() -> None:
     sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
     pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
     flags = train.TrainConfig(**base | pure, attention="textbook")
-    line = predict(Document(flags, sizes, torch.device("cpu")))
-    closed, counted = {x: size for x, (_, size) in formula(sizes, flags).items()}, simulated(line, sizes.n_layers)
+    line = predict(Document(flags, sizes, torch.device("cpu"), for_gpu=True), GENERIC)
+    closed, counted = {x: size for x, (_, size) in formula(sizes, flags, GENERIC).items()}, simulated(line, sizes.n_layers)
     first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
     moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())
     stated = [
@@ -298,7 +298,8 @@ def reproduce() -> None:
         ("forward, first layer", 0.844e9, closed[first], counted[first], "theirs is what nvidia-smi rose by: segments"),
         ("forward, each other layer", 0.76e9, closed[other], counted[other], "likewise; its tensors are the next line"),
         ("  its tensors", 0.7172e9, closed[other], counted[other], "+ 0.537 for a softmax in fp32, + 0.004 for the mask,"),
-        ("", None, None, None, "- 0.067 for copies that its rotation kept"),
+        ("", None, None, None, "- 0.067 for copies that its rotation kept,"),
+        ("", None, None, None, "- 0.067 for its norms' inputs in fp32"),
         ("backward, a layer adds", 1e9, block, layer["backward_added"], "only gradients stay; the rest was segments"),
         ("backward, a layer frees", None, closed[other], layer["backward_freed"], "not subtracted in its sum"),
         ("all gradients", None, closed["gradients"], counted["gradients"], "the embedding's and the head's too"),
