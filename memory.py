@@ -632,8 +632,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    C, F, V, L, g, s = (known[letter] for letter in "CFVLgs")
-    terms = {}
+    C, F, V, L, s = (known[letter] for letter in "CFVLs")
+    terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
         size, text = max((round(eval(text, {}, known)), text) for text in moments)
@@ -642,10 +642,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
 
     # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
     mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
-    term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else "M * 4")
+    term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
     twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
-    term("gradients", f"{mine} * 4" if flags.fsdp else "2 * N * g" if twice else "N * g")
+    term("gradients", f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if twice else "N * g")
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
@@ -705,7 +705,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("a block's backward", *moments)
     shapes = inside | outer(sizes)
     largest = min(2**24, max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in shapes[name]))
-    work = f"{largest} * ({8 if g == 2 else 7} * 4 + 8 / 256)"  # a piece in fp32, eight times
+    if flags.fsdp:
+        largest = min(largest, -(-max(V * C, C * F) // nproc)) if full else largest
+    work = f"{largest} * ({8 if flags.pure_bf16 else 7} * 4 + 8 / 256)"  # a piece in fp32, eight times
     term("optimizer's work", work if flags.optim == "adamw_8bit" else "0")
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
@@ -717,7 +719,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s" + " + T * C * s" * (full and s == 4)
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
-        made, head = "0" if flags.cpu_offload else "W * 4 / P" if full else "M * 4 / L", " + V * C * g" * full
+        made, head = "0" if flags.cpu_offload else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
         moments = [
             stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
             stays + activations + earlier + head + backward + " + 2 * G + R",
@@ -829,12 +831,11 @@ def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
         words.append(ways[0][0].split(",")[0])
         if len(words) > 1 and fits(" ".join(words), flags):
             return found
-    if flags.dtype != "fp16":  # which --fsdp does not take
-        for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
-            for more in ({}, {"cpu_offload": True}):
-                words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
-                if fits(words, sharded(flags, **more), count):
-                    return found
+    for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
+        for more in ({}, {"cpu_offload": True}):
+            words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
+            if fits(words, sharded(flags, **more), count):
+                return found
     return found
 
 

@@ -282,6 +282,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_a_gpu_within_a_hundredt
         (AGAIN | {"fsdp": True}, 8),
         (QLORA | AGAIN | {"fsdp": True, "cpu_offload": True}, 2),
         (FULL | AGAIN | {"fsdp": True}, 8),
+        (FULL | AGAIN | {"fsdp": True, "optim": "adamw_8bit", "pure_bf16": True}, 8),
         (FULL | AGAIN, 4),
     ],
 )
@@ -394,7 +395,6 @@ def test_the_picture_is_drawn(tmp_path):
         ("--model 7b --optimizer_in_backward --max_grad_norm 0", "steps inside backward are not simulated"),
         ("--model 7b --nproc 0", "--nproc must be at least 1"),
         ("--model 7b --method lora --fsdp", "--fsdp shares a model out over several processes"),
-        ("--model 7b --method full --fsdp --nproc 8 --optim adamw_8bit", "--fsdp takes --optim adamw"),
         ("--model 7b --device cpu --gpu t4", "--device cpu takes neither"),
     ],
 )
