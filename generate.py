@@ -90,9 +90,7 @@ class GenerateConfig(Sampling):
     web: bool = False  # a chat in the browser
     port: int = 7860  # of the page
     host: str = "127.0.0.1"  # who can open the page: this machine alone; 0.0.0.0: whoever can reach it
-    latency: bool = (
-        False  # instead of answering: 100 runs of exactly 50 tokens, as a table and in latency.jsonl of the run's folder
-    )
+    latency: bool = False  # instead of answering: 100 runs of 50 tokens, as a table and in latency.jsonl of the run's folder
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
 

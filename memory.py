@@ -808,7 +808,7 @@ def cheaper(flags) -> list[tuple[str, dict]]:
 
 
 def sharded(flags, **more):
-    """The flags as --fsdp takes them: it shards AdamW's own moments, and keeps fp32 weights."""
+    """The same in shards, with fp32 weights and moments: these are what sharding makes affordable."""
     return replace(flags, **{"fsdp": True, "optim": "adamw", "pure_bf16": False} | more)
 
 

@@ -110,7 +110,7 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
     A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
-    a rotation one product, a third to a tenth of the time of sines and cosines written out; these are for a compiler, which
+    a rotation one product, a quarter of the time of sines and cosines written out; these are for a compiler, which
     fuses them and no complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
     (1, D/2+1), ... and stores its rows in another order to match."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (T, heads, D/2, 2)

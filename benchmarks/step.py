@@ -241,7 +241,7 @@ def main():
         del model
         work = f"{Path(options.data).name} at" if options.data else f"random tokens, {options.sequences} x"
         print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, {options.dtype}, "
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, {options.dtype}"
         )
         print(f"{work} {options.length}")
         compare(options)

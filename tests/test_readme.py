@@ -44,6 +44,17 @@ def test_every_flag_of_every_command_exists(command):
     assert config is DataConfig or (given and (config is GenerateConfig or complete(given)))
 
 
+@pytest.mark.parametrize("config", [TrainConfig, GenerateConfig, DataConfig])
+def test_every_flag_says_in_help_what_it_is_for(config, capsys):
+    """The words stand behind the field, on its line: a field broken over several lines loses them."""
+    with pytest.raises(SystemExit):
+        parse_flags(config, "", ["--help"])
+    flags = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    assert len(flags) == len(config.__dataclass_fields__)
+    for flag in flags:
+        assert len(re.findall(r"[a-z]{2,}", re.sub(r"^--\w+( \{.*?\}| \[.*?\]| NAME| N| X)*", "", flag))) >= 2, flag
+
+
 def test_the_line_counts_are_right():
     rows = re.findall(r"\| \[`([\w/]+\.py)`\]\(\1\) \| (\d+) \|", README)
     assert len(rows) >= 5
