@@ -529,6 +529,11 @@ def parse_flags(config_class, description: str, argv: list[str] | None = None) -
     return vars(given)
 
 
+def with_tuples(settings: dict) -> dict:
+    """argparse and JSON know lists only; a frozen dataclass holds tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def _flag_kind(kind) -> dict:
     """argparse's options for a field of this type: bool, int, float, str, Literal choices, a tuple of strings, or X | None."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -597,7 +602,7 @@ def main():
         given = parse_flags(DataConfig, "python data.py show|stats|prepare FILE... [--flag value ...]", words[flags:])
         if flags < 2 or words[0] not in commands:
             raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
-        config = DataConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        config = DataConfig(**with_tuples(given))
         commands[words[0]](config, [parse_input(word) for word in words[1:flags]], Tokenizer(config.tokenizer))
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags
+from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags, with_tuples
 from lora import LoRAError, load_adapter, merge_lora
 from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
 from quant import QUANTIZERS, CPULinear, order_for_cpu
@@ -388,7 +388,7 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
         given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
-        config = GenerateConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        config = GenerateConfig(**with_tuples(given))
         do = chat.pick(config)
         for flag in ("merge", "save"):
             if getattr(config, flag) and Path(getattr(config, flag)).exists():

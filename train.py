@@ -61,6 +61,7 @@ from data import (
     parse_flags,
     parse_input,
     read_records,
+    with_tuples,
 )
 from generate import DTYPES, TINY, Sampling, answer, pick_device, pick_dtype
 from lora import LoRAError, add_lora, lora_parameters, read_adapter, save_adapter
@@ -229,11 +230,6 @@ def complete(given: dict) -> TrainConfig:
     if given.get("method") == "qlora":
         given = {"quantize": "nf4"} | given
     return TrainConfig(**given | {"output_dir": str(folder)})
-
-
-def with_tuples(settings: dict) -> dict:
-    """argparse and JSON know lists only; a frozen TrainConfig holds tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def read_run(folder: Path) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 import train
-from data import parse_flags
+from data import parse_flags, with_tuples
 from memory import (
     GPU,
     GPUS,
@@ -35,9 +35,7 @@ def answer(mine, rest: list[str]) -> None:
     """mine: this program's own flags; rest: train.py's. Raises ValueError with one sentence for a user's mistake."""
     if mine.reproduce:
         return reproduce()
-    given = train.with_tuples(
-        parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest)
-    )
+    given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))
     name = given.get("model", "7b")
     sizes, gpu, nproc = PRESETS.get(name) or read_config(name), find_gpu(mine.gpu) if mine.gpu else None, mine.nproc
     on = None if given.get("device") == "cpu" else gpu or GENERIC
