@@ -1,4 +1,4 @@
-"""Llama 2, written out: the architecture, and reading and writing real weights.
+"""Llama 2, written out.
 
 A decoder-only transformer maps T token ids to T predictions of the next token. Llama's block is
 
@@ -15,23 +15,17 @@ Three choices keep this file short:
     begins; attention never crosses a border and positions restart there. So there is no padding and no batch axis.
   * Meta's names (tok_embeddings, attention.wq, feed_forward.w1, ...) are the names of the modules: Meta's files load as they are.
     `from_hf` and `to_hf` hold all that differs in Hugging Face's files.
-  * Loading streams: one tensor at a time goes from the memory-mapped file to its place, so the peak is the model plus one tensor.
+  * What knows file formats stands in weights/ and comes in through the last lines: `load_model` and `read_config`
+    (weights/reading.py), `save_hf` and `save_meta` (weights/writing.py).
 """
 
-import copy
-import json
-import pickle
 import warnings
-import zipfile
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
-from pathlib import Path
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -161,18 +155,15 @@ def has_varlen(x: torch.Tensor) -> bool:
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
-    new, seen = q.shape[1], k.shape[1]
+    (heads, new, _), (kv_heads, seen, _) = q.shape, k.shape
     if method == "textbook":
-        group = q.shape[0] // k.shape[0]
-        k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
         return textbook_attention(q, k, v, causal_mask(new, seen, q.device))
-    # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1).
-    fused = partial(F.scaled_dot_product_attention, q[None], k[None], v[None], enable_gqa=q.shape[0] != k.shape[0])
-    if new == seen:
-        return fused(is_causal=True)[0]
-    if new == 1:  # a single new token may look at everything
-        return fused()[0]
-    return fused(causal_mask(new, seen, q.device))[0]  # is_causal would count Tq from the beginning, not from the end
+    # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). Its own causal mask
+    # counts the queries from the first key on: right where they are all the tokens.
+    mask = None if new == seen else causal_mask(new, seen, q.device)
+    grouped = heads != kv_heads
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, enable_gqa=grouped)[0]
 
 
 def causal_mask(new: int, seen: int, device) -> torch.Tensor:
@@ -337,41 +328,6 @@ class Llama(nn.Module):
         return self.output(x) if labels is None else summed_loss(x, self.output, labels)
 
 
-def random_model(
-    config: ModelConfig, *, device, dtype: torch.dtype, attention: str = "sdpa", quantize=None, each_part=None
-) -> Llama:
-    """A model of these sizes as `load_model` would place it, with weights of no meaning: to measure, not to train.
-
-    All matrices of one shape get the same numbers, so 7B takes seconds to make and to quantise."""
-    with torch.device("meta"):  # shapes without storage
-        model = Llama(config, attention)
-    drawn = {}  # the first module of a shape, and what its parameters were before anyone cut them
-    for part, items in groupby(list(model.named_parameters()), key=lambda item: part_of(item[0])):
-        for name, weight in items:
-            path = name.removesuffix(".weight")
-            module = model.get_submodule(path)
-            packed = quantize is not None and isinstance(module, nn.Linear) and module is not model.output
-            if (weight.shape, packed) in drawn:
-                first, parameters = drawn[weight.shape, packed]
-                module = copy.copy(first) if packed else module
-                same = {x: nn.Parameter(p.detach().clone(), p.requires_grad) for x, p in parameters.items()}
-                module._parameters = module._parameters | same
-            else:
-                values = torch.randn(weight.shape, device=device, dtype=dtype).mul_(0.02).add_(weight.dim() == 1)
-                if packed:
-                    module = quantize(values)
-                else:
-                    module.weight = nn.Parameter(values)
-                del values
-                drawn[weight.shape, packed] = module, dict(module.named_parameters())
-            model.set_submodule(path, module)
-        if part and each_part:
-            each_part(model, part)
-    if each_part:
-        each_part(model, "")
-    return model
-
-
 def summed_loss(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, chunk: int = 512) -> torch.Tensor:
     """Cross-entropy summed over the labelled positions of hidden (T, C), as an fp32 scalar.
 
@@ -427,7 +383,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's names and row order, for weights and adapters alike
 
-_TO_HF = {
+TO_HF = {
     "layers": "model.layers",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -442,10 +398,10 @@ _TO_HF = {
     "norm": "model.norm",
     "output": "lm_head",
 }
-_FROM_HF = {theirs: ours for ours, theirs in _TO_HF.items()}
+FROM_HF = {theirs: ours for ours, theirs in TO_HF.items()}
 
 
-def _rename(name: str, table: dict[str, str]) -> str:
+def rename(name: str, table: dict[str, str]) -> str:
     # Whole words between dots only: "norm" is not to be found in "attention_norm".
     name = f".{name}"
     for old, new in table.items():
@@ -464,401 +420,17 @@ def _reorder(name: str, tensor: torch.Tensor, config: ModelConfig, pairs: tuple[
 def to_hf(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, torch.Tensor]:
     """A tensor of this model (`layers.0.attention.wq.weight`) with Hugging Face's name and row order
     (`model.layers.0.self_attn.q_proj.weight`). Adapters too: `layers.0.attention.wq.lora_B.weight`."""
-    return _rename(name, _TO_HF), _reorder(name, tensor, config, (config.head_dim // 2, 2))
+    return rename(name, TO_HF), _reorder(name, tensor, config, (config.head_dim // 2, 2))
 
 
 def from_hf(name: str, tensor: torch.Tensor, config: ModelConfig) -> tuple[str, torch.Tensor]:
     """The inverse of `to_hf`, exact to the bit."""
-    name = _rename(name, _FROM_HF)
+    name = rename(name, FROM_HF)
     return name, _reorder(name, tensor, config, (2, config.head_dim // 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# Real weights. Last, as what is there needs what stands above.
 
-
-def read_config(path) -> ModelConfig:
-    """The sizes of the model in a folder, from Meta's params.json or Hugging Face's config.json."""
-    path = Path(path)
-    if (path / "params.json").is_file():
-        return _meta_config(path)
-    if (path / "config.json").is_file():
-        return _hf_config(path / "config.json")
-    what = "has neither params.json (Meta) nor config.json (Hugging Face)" if path.is_dir() else "is not a folder"
-    raise CheckpointError(f"no model at {path}: it {what}")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds a {type(fields).__name__}, not named fields")
-    return fields
-
-
-def _meta_config(folder: Path) -> ModelConfig:
-    p = _read_json(folder / "params.json")
-    try:
-        vocab_size = p.get("vocab_size", -1)
-        if vocab_size == -1:  # Meta left it to the tokenizer; the head's rows, spread over the shards, say the same
-            vocab_size = sum(len(shard["output.weight"]) for shard in _open_meta(folder))
-        n_heads = p["n_heads"]
-        return ModelConfig(
-            dim=p["dim"],
-            n_layers=p["n_layers"],
-            n_heads=n_heads,
-            n_kv_heads=p.get("n_kv_heads") or n_heads,
-            hidden_dim=meta_hidden_dim(p["dim"], p.get("multiple_of", 256), p.get("ffn_dim_multiplier")),
-            vocab_size=vocab_size,
-            norm_eps=p["norm_eps"],
-            rope_theta=p.get("rope_theta", 10000.0),
-            max_seq_len=p.get("max_seq_len", 4096),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{folder / 'params.json'} or its weights lack {error}") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder / 'params.json'} has a field that is not a size: {error}") from None
-
-
-def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
-    """Meta's rule: 2/3 of 4 x dim (SwiGLU has three matrices where others have two), stretched, rounded up to a multiple."""
-    hidden_dim = int(2 * (4 * dim) / 3)
-    if ffn_dim_multiplier is not None:
-        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
-    return multiple_of * -(-hidden_dim // multiple_of)
-
-
-def _hf_config(path: Path) -> ModelConfig:
-    p = _read_json(path)
-    rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5 keeps theta in here as well
-    refused = {
-        "model_type": p.get("model_type", "llama") != "llama",
-        "hidden_act": p.get("hidden_act", "silu") != "silu",
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "attention_bias": p.get("attention_bias", False),
-        "mlp_bias": p.get("mlp_bias", False),
-        "tie_word_embeddings": p.get("tie_word_embeddings", False),
-    }
-    for field, bad in refused.items():
-        if bad:
-            found = rope if field == "rope_scaling" else p.get(field)
-            raise CheckpointError(f"{path}: {field} = {found!r} is not Llama 2's, and this model does not have it")
-    packing = p.get("quantization_config") or {}
-    if packing and not (packing.get("load_in_4bit") and packing.get("bnb_4bit_quant_type") == "nf4"):
-        method = packing.get("quant_method", "an unnamed method")
-        bits = ", in 8 bits" if packing.get("load_in_8bit") else ""
-        kind = f", as {packing['bnb_4bit_quant_type']}" if packing.get("load_in_4bit") else ""
-        raise CheckpointError(f"{path}: the weights are quantised by {method}{bits}{kind}; only bitsandbytes' nf4 is read")
-    try:
-        config = ModelConfig(
-            dim=p["hidden_size"],
-            n_layers=p["num_hidden_layers"],
-            n_heads=p["num_attention_heads"],
-            n_kv_heads=p.get("num_key_value_heads") or p["num_attention_heads"],
-            hidden_dim=p["intermediate_size"],
-            vocab_size=p["vocab_size"],
-            norm_eps=p.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", p.get("rope_theta", 10000.0)),
-            max_seq_len=p.get("max_position_embeddings", 2048),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}") from None
-    except (TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has a field that is not a size: {error}") from None
-    if p.get("head_dim") not in (None, config.head_dim):
-        raise CheckpointError(f"{path}: head_dim {p['head_dim']} is not hidden_size / num_attention_heads = {config.head_dim}")
-    return config
-
-
-def _open_torch(path: Path) -> dict[str, torch.Tensor]:
-    """A .pth or .bin as a dictionary of tensors, memory-mapped. weights_only: a pickle can run any code, so none is let run."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        refused = "Unsupported" in reason or "GLOBAL" in reason
-        why = "it holds code, not only tensors, and was not run" if refused else "it is cut short or is no checkpoint"
-        raise CheckpointError(f"{path} cannot be read: {why}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read, it may be cut short: {reason}") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} holds a {type(tensors).__name__}, not named tensors")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
-    return tensors
-
-
-def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    if not paths:
-        raise CheckpointError(f"{folder} has params.json but no consolidated.*.pth beside it")
-    for i, path in enumerate(paths):
-        if path.name != f"consolidated.{i:02d}.pth":
-            raise CheckpointError(f"{folder / f'consolidated.{i:02d}.pth'} is missing: found {', '.join(p.name for p in paths)}")
-    return [_open_torch(path) for path in paths]
-
-
-def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    """Meta's model-parallel shards as one tensor. Each matrix was cut along the axis that its layer splits the work by
-    (wq, wk, wv, w1, w3, output by rows; wo, w2, tok_embeddings by columns); norms are whole in every shard."""
-    if len(parts) == 1 or parts[0].shape == shape:
-        return parts[0]
-    for axis in range(len(shape)):
-        others = [p.shape[:axis] + p.shape[axis + 1 :] for p in parts]
-        if all(o == shape[:axis] + shape[axis + 1 :] for o in others) and sum(p.shape[axis] for p in parts) == shape[axis]:
-            return torch.cat(parts, dim=axis)
-    raise CheckpointError(
-        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing?"
-    )
-
-
-def _open_hf(folder: Path) -> dict:
-    """Every tensor of a Hugging Face folder by its name there, as a function that reads it."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index_name).is_file():
-            weight_map = _read_json(folder / index_name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index_name} has no weight_map of tensors to files")
-            files = sorted(set(weight_map.values()))
-            break
-    else:
-        files = [f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()][:1]
-    if not files:
-        raise CheckpointError(f"{folder} has config.json but neither *.safetensors nor pytorch_model*.bin beside it")
-    readers = {}
-    for path in (folder / file for file in files):
-        if path.suffix == ".safetensors":
-            try:
-                file = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} cannot be read, it may be cut short: {error}") from None
-            names = file.keys()
-            readers |= {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
-        else:
-            readers |= {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
-    return readers
-
-
-def open_checkpoint(path, config: ModelConfig) -> dict:
-    """Every tensor of the model in a folder: its name here -> a function that reads it, whole and in this model's row order.
-    A linear that bitsandbytes packed in 4 bits is read as a dictionary of its parts, rows as they are.
-
-    Raises CheckpointError naming what is missing, what is extra, and any tensor of a wrong shape when it is read."""
-    path = Path(path)
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in Llama(config).named_parameters()}
-
-    if (path / "params.json").is_file():
-        shards = _open_meta(path)
-        found = {name for shard in shards for name in shard if name != "rope.freqs"}  # a table, made afresh here
-
-        def read(name):
-            absent = [i for i, shard in enumerate(shards) if name not in shard]
-            if absent:
-                raise CheckpointError(f"{path / f'consolidated.{absent[0]:02d}.pth'} lacks {name}")
-            return _join(name, [shard[name] for shard in shards], shapes[name])
-
-    else:
-        readers = {_rename(name, _FROM_HF): (name, reader) for name, reader in _open_hf(path).items()}
-        readers = {name: x for name, x in readers.items() if not name.endswith("rotary_emb.inv_freq")}  # the same, in old files
-        packed = {}  # in a checkpoint of 4 bits: the parts beside wq.weight, such as wq.weight.absmax
-        for name in [name for name in readers if ".weight." in name]:
-            weight, part = name.split(".weight.")
-            packed.setdefault(weight + ".weight", {})[part] = readers.pop(name)[1]
-        found = readers.keys() | packed.keys()
-
-        def read(name):
-            if name not in readers:
-                raise CheckpointError(f"{path}: {name} is packed, but its codes are missing")
-            hf_name, reader = readers[name]
-            tensor = reader()  # of a wrong shape, it may have no whole heads to reorder, and is refused below
-            if name in packed:
-                return {"weight": tensor} | {part: read_part() for part, read_part in packed[name].items()}
-            return from_hf(hf_name, tensor, config)[1] if tensor.shape == shapes[name] else tensor
-
-    missing, extra = sorted(shapes.keys() - found), sorted(found - shapes.keys())
-    for what, names in (("lacks", missing), ("has unknown", extra)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"the checkpoint in {path} {what} {', '.join(names[:3])}{more}")
-
-    def checked(name):
-        tensor = read(name)
-        if not isinstance(tensor, dict) and tensor.shape != shapes[name]:
-            raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
-        return tensor
-
-    return {name: lambda name=name: checked(name) for name in shapes}
-
-
-def load_model(
-    path, *, device="cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", quantize=None, each_part=None
-) -> Llama:
-    """The model in a folder: params.json + consolidated.*.pth (Meta, any number of shards), or config.json + *.safetensors
-    or pytorch_model*.bin (Hugging Face, one file or several with an index).
-
-    Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
-    quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
-    whole model never exists in 16 bits; embedding, norms and head stay in `dtype`. NF4Linear also takes what bitsandbytes packed
-    in 4 bits, bits unchanged.
-    each_part(model, name): called when a block ("layers.3") is in place, and at the end for the rest (""), so that a block can
-    be cut into shards before the next is read.
-    Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
-    config = read_config(path)
-    with torch.device("meta"):  # shapes without storage
-        model = Llama(config, attention)
-    place = partial(_place, path, model, device, dtype, quantize)
-    for part, items in groupby(open_checkpoint(path, config).items(), key=lambda item: part_of(item[0])):
-        for name, read in items:
-            place(name, read())
-        if part and each_part:
-            each_part(model, part)
-    if each_part:
-        each_part(model, "")
-    return model
-
-
-def part_of(name: str) -> str:
-    """The block that a parameter belongs to ("layers.3"), or "" for none."""
-    return ".".join(name.split(".")[:2]) if name.startswith("layers.") else ""
-
-
-def _place(path, model: Llama, device, dtype: torch.dtype, quantize, name: str, weight) -> None:
-    config, (path_to, leaf) = model.config, name.rsplit(".", 1)
-    module = model.get_submodule(path_to)
-    try:
-        if isinstance(weight, dict):
-            if not hasattr(quantize, "from_bitsandbytes"):
-                raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
-            rows = _rows(name, module.weight.shape[0], config, from_hf)
-            model.set_submodule(path_to, quantize.from_bitsandbytes(weight, module.weight.shape, rows, device))
-        elif quantize and isinstance(module, nn.Linear) and module is not model.output:
-            model.set_submodule(path_to, quantize(weight.to(device)))
-        else:
-            # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-            setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {name} {error}") from None
-
-
-def _rows(name: str, count: int, config: ModelConfig, convert) -> torch.Tensor | None:
-    """Which of a weight's rows stands where after from_hf or to_hf (`convert`), or None if all stay."""
-    before = torch.arange(count)
-    after = convert(name, before[:, None], config)[1].flatten()
-    return None if torch.equal(before, after) else after
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing. Both write plain files into the folder; train.py hands them a temporary one and renames it when it is whole.
-
-
-def save_meta(model: Llama, path) -> None:
-    """Write params.json and consolidated.00.pth, the format of Meta's download (one shard)."""
-    path, config = Path(path), model.config
-    path.mkdir(parents=True, exist_ok=True)
-    params = {
-        "dim": config.dim,
-        "multiple_of": 256,
-        "n_heads": config.n_heads,
-        "n_layers": config.n_layers,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-    }
-    if meta_hidden_dim(config.dim, 256, None) != config.hidden_dim:
-        # Any other width: the stretch that rounds down to it (half a unit more, so that float rounding cannot miss it).
-        params |= {"multiple_of": 1, "ffn_dim_multiplier": (config.hidden_dim + 0.5) / int(2 * (4 * config.dim) / 3)}
-    if config.n_kv_heads != config.n_heads:
-        params["n_kv_heads"] = config.n_kv_heads
-    if config.rope_theta != 10000.0:
-        params["rope_theta"] = config.rope_theta
-    if config.max_seq_len != 4096:
-        params["max_seq_len"] = config.max_seq_len
-    (path / "params.json").write_text(json.dumps(params, indent=2) + "\n")
-    torch.save({name: weight.detach().cpu() for name, weight in model.named_parameters()}, path / "consolidated.00.pth")
-
-
-def save_hf(
-    model: Llama, path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9, whole=lambda x: x, write=True
-) -> None:
-    """Write config.json and model.safetensors (several shards and an index above 5 GB) as transformers reads them.
-
-    dtype: what to store the weights in, as they are by default. What is in NF4 stays in NF4, in bitsandbytes' layout, exactly.
-    Holds one shard at a time beside the model. Where the weights are spread over processes, whole(weight) gathers one, all
-    processes call this together, and one of them writes."""
-    path, config = Path(path), model.config
-    dtype = dtype or model.norm.weight.dtype
-    packed = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "to_bitsandbytes")}
-    weights, parts_of = dict(model.named_parameters()), {}
-    for name, module in packed.items():
-        parts_of[name] = sum(weights.pop(f"{name.removesuffix('weight')}{part}").nbytes for part, _ in module.named_parameters())
-
-    def tensors_of(name):
-        if name not in packed:
-            weight = whole(weights[name].detach())
-            return dict([to_hf(name, weight.to("cpu", dtype), config)]) if write else {}
-        module, (hf_name, _) = packed[name], to_hf(name, torch.empty(0, 1), config)
-        parts = module.to_bitsandbytes(_rows(name, module.out_features, config, to_hf), dtype)
-        return {hf_name if part == "weight" else f"{hf_name}.{part}": tensor for part, tensor in parts.items()}
-
-    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()} | parts_of
-    shards, room = [[]], max_shard_bytes
-    for name, size in sizes.items():
-        if shards[-1] and size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-
-    index, total = {}, 0
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {hf_name: tensor.contiguous() for name in shard for hf_name, tensor in tensors_of(name).items()}
-        if not write:
-            continue
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if not write:
-        return
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (path / "model.safetensors.index.json").write_text(text + "\n")
-    hf_config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "intermediate_size": config.hidden_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    if packed:
-        hf_config["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-            "bnb_4bit_quant_storage": "uint8",
-        }
-    (path / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+from weights.reading import load_model, open_checkpoint, random_model, read_config  # noqa: E402, F401
+from weights.writing import save_hf, save_meta  # noqa: E402, F401

@@ -17,7 +17,6 @@ scales to the neighbouring level; these lines take the nearest.) The plain PyTor
 Triton kernels do the same faster: a weight made again in one pass, and the product of a packed weight with a few rows.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -123,7 +122,7 @@ class PackedNF4:
 
     @property
     def nested_block(self) -> int:
-        """How many absmax share a value of `nested`: 256, or as few as rows in another order need (from_bitsandbytes)."""
+        """How many absmax share a value of `nested`: 256, or as few as rows in another order need (weights/bitsandbytes.py)."""
         usual = -(-self.absmax.numel() // NESTED_BLOCK) == self.nested.numel()
         return NESTED_BLOCK if usual else self.absmax.numel() // self.nested.numel()
 
@@ -132,24 +131,6 @@ class PackedNF4:
         if self.nested is None:
             return self.absmax
         return dequantize_blockwise(self.absmax, self.nested, DYNAMIC_CODE, self.nested_block) + self.offset
-
-    def reordered(self, rows: torch.Tensor) -> "PackedNF4":
-        """The same weight, exactly, with row rows[i] as row i. A row must be whole blocks of 64.
-
-        Codes and absmax move with their rows. 256 absmax under one nested scale are several rows, which may part: `nested` is
-        then repeated as often as the largest blocks need that never span two rows."""
-        out, row_blocks = self.shape[0], self.shape[1] // BLOCK
-        if self.shape[1] % BLOCK:
-            raise QuantError(
-                f"has rows of {self.shape[1]} numbers, not whole blocks of {BLOCK}: they cannot be put in another order"
-            )
-        nested = self.nested
-        if nested is not None:
-            finer = math.gcd(self.nested_block, row_blocks)
-            nested = nested.repeat_interleave(self.nested_block // finer)[: self.absmax.numel() // finer]
-            nested = nested.view(out, -1)[rows].flatten()
-        data, absmax = self.data.view(out, -1)[rows].flatten(), self.absmax.view(out, -1)[rows].flatten()
-        return PackedNF4(data, absmax, nested, self.offset, self.shape)
 
 
 def quantize_nf4(weight: torch.Tensor, double_quant: bool = True, among=None) -> PackedNF4:
@@ -328,9 +309,6 @@ def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
     return out.view(*x.shape[:-1], n)
 
 
-_STATE = "quant_state.bitsandbytes__nf4"  # the part of a packed linear in a file that holds all but tensors, as JSON
-
-
 class _FrozenLinear(torch.autograd.Function):
     """x @ W^T with W made from its packed form in forward, forgotten, and made again in backward. W gets no gradient."""
 
@@ -372,84 +350,10 @@ class NF4Linear(FrozenLinear):
     def __init__(self, weight: torch.Tensor | PackedNF4):
         super().__init__(weight)
         packed = weight if isinstance(weight, PackedNF4) else quantize_nf4(weight, among=self.among)
-        if packed.nested is None:  # fp32 absmax are nested scales of their own, each of one absmax that is the level 1.0
-            packed = PackedNF4(
-                packed.data, torch.full_like(packed.absmax, 255, dtype=torch.uint8), packed.absmax, torch.zeros(()), packed.shape
-            )
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         self.absmax = nn.Parameter(packed.absmax, requires_grad=False)
         nested = torch.cat([packed.nested, packed.offset.view(1).to(packed.nested.device)])
         self.nested = nn.Parameter(nested.view(torch.uint8), requires_grad=False)
-
-    @classmethod
-    def from_bitsandbytes(cls, parts: dict[str, torch.Tensor], shape, rows: torch.Tensor | None, device) -> "NF4Linear":
-        """A linear from the tensors that bitsandbytes writes for it: "weight", "absmax", "quant_map", "nested_absmax", ...
-
-        rows: the order that its rows are to have here, if another. Exact to the bit either way (see PackedNF4.reordered).
-        Raises QuantError for a missing part, another format than NF4, other block sizes."""
-        kind = next((name for name in parts if name.startswith("quant_state.")), None)
-        if kind is None:
-            raise QuantError(f"is packed, but its {_STATE} is missing")
-        if kind != _STATE:
-            raise QuantError(f"is packed as {kind.rpartition('__')[2]}, and only nf4 is read")
-        try:
-            state = json.loads(bytes(parts[_STATE].tolist()))
-            found = (state["blocksize"], tuple(state["shape"]), state.get("nested_blocksize", NESTED_BLOCK))
-        except (ValueError, KeyError, TypeError) as error:
-            raise QuantError(f"has a {_STATE} that cannot be read: {error}") from None
-        if found != (BLOCK, tuple(shape), NESTED_BLOCK):
-            raise QuantError(
-                f"is packed in blocks of {found[0]} with shape {found[1]} and nested blocks of {found[2]}; "
-                f"expected {BLOCK}, {tuple(shape)} and {NESTED_BLOCK}"
-            )
-        n, double = math.prod(shape), "nested_offset" in state
-        blocks = -(-n // BLOCK)
-        expected = {"weight": -(-n // 2), "absmax": blocks, "quant_map": 16}
-        if double:
-            expected |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
-        for name, numel in expected.items():
-            if name not in parts:
-                raise QuantError(f"is packed, but its {name} is missing")
-            if parts[name].numel() != numel:
-                raise QuantError(f"is packed, but its {name} has {parts[name].numel()} numbers, expected {numel}")
-        for name, code in (("quant_map", NF4_CODE), ("nested_quant_map", DYNAMIC_CODE))[: 1 + double]:
-            if not torch.equal(parts[name].float(), code):
-                raise QuantError(f"has a {name} with other levels than {'NF4' if name == 'quant_map' else 'the dynamic map'}")
-        if parts["weight"].dtype != torch.uint8 or parts["absmax"].dtype != (torch.uint8 if double else torch.float32):
-            raise QuantError(f"is packed as {parts['weight'].dtype} with absmax as {parts['absmax'].dtype}")
-        packed = PackedNF4(
-            parts["weight"].flatten(),
-            parts["absmax"].flatten(),
-            parts["nested_absmax"].float() if double else None,
-            torch.tensor(state["nested_offset"]) if double else None,
-            tuple(shape),
-        )
-        if not packed.scales().isfinite().all():
-            raise QuantError("has scales that are NaN or infinity")
-        linear = cls(packed if rows is None else packed.reordered(rows))
-        for parameter in linear.parameters():  # copies: what was read is a view of the file
-            parameter.data = parameter.data.to(device, copy=True)
-        return linear
-
-    def to_bitsandbytes(self, rows: torch.Tensor | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The inverse of from_bitsandbytes, on the CPU. dtype: what bitsandbytes is to make of the weight.
-
-        Where the rows change places, 256 absmax that come to stand together may have had different nested scales, and
-        bitsandbytes knows one a group. They are then written in fp32, exact again, for 4.5 bits a weight instead of 4.127."""
-        packed = self.packed()
-        packed = PackedNF4(packed.data.cpu(), packed.absmax.cpu(), packed.nested.cpu(), packed.offset.cpu(), packed.shape)
-        if rows is not None:
-            packed = packed.reordered(rows)
-        state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype)[6:], "shape": packed.shape}
-        parts = {"weight": packed.data.view(-1, 1), "absmax": packed.absmax, "quant_map": NF4_CODE.clone()}
-        group = NESTED_BLOCK // packed.nested_block
-        first = packed.nested[::group]
-        if torch.equal(first.repeat_interleave(group)[: len(packed.nested)], packed.nested):
-            parts |= {"nested_absmax": first.clone(), "nested_quant_map": DYNAMIC_CODE.clone()}
-            state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": packed.offset.item()}
-        else:
-            parts["absmax"] = packed.scales()
-        return parts | {_STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
 
     def packed(self) -> PackedNF4:
         nested = self.nested.data.view(torch.float32)
@@ -486,39 +390,6 @@ class Int8Linear(FrozenLinear):
         # Multiplied in fp32 and rounded once, straight into its place: no fp32 weight is made first.
         out = torch.empty_like(self.weight, dtype=dtype)
         return torch.mul(self.weight.data, self.scale.data.view(torch.float32), out=out)
-
-
-class CPULinear(FrozenLinear):
-    """weight (out, in) in bf16, not quantised, laid out as oneDNN's product on a CPU reads it: pairs of rows interleaved.
-
-    From plain rows every product makes that order anew, piece by piece. A product of one token then reads weights at 60 to
-    75 % of the speed that this order, made once, gives."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__(weight)
-        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16), 1)
-        self.weight = nn.Parameter(ordered, requires_grad=False)
-
-    @staticmethod
-    def helps(device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether it is for weights of this kind, on a CPU as this is."""
-        return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight.data, None, "none", [], "")
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.data.to_dense().to(dtype)
-
-
-def order_for_cpu(model: nn.Module) -> nn.Module:
-    """Make every bf16 linear a CPULinear where that helps, in place, one at a time. Returns the model."""
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and CPULinear.helps(module.weight.device, module.weight.dtype):
-            model.set_submodule(path, CPULinear(module.weight))
-    return model
 
 
 QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}

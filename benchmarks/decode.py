@@ -36,7 +36,8 @@ def prompts(batch: int) -> torch.Tensor:
 def ours(options, quantize: str, compiled: bool):
     """(a function of the batch size, bytes of weights a step reads)"""
     from generate import Sampling, compile_decoding, generate_batch
-    from quant import QUANTIZERS, order_for_cpu
+    from quant import QUANTIZERS
+    from talking.cpu import order_for_cpu
 
     model = load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=QUANTIZERS[quantize]).eval()
     weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)

@@ -28,7 +28,8 @@ from generate import (
 )
 from lora import LoRAError, add_lora, load_adapter
 from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
-from quant import CPULinear, Int8Linear, NF4Linear, order_for_cpu
+from quant import Int8Linear, NF4Linear
+from talking.cpu import CPULinear, order_for_cpu
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

@@ -27,7 +27,6 @@ from model import (
     attention_over_documents,
     from_hf,
     load_model,
-    meta_hidden_dim,
     read_config,
     rope_table,
     save_hf,
@@ -35,6 +34,7 @@ from model import (
     summed_loss,
     to_hf,
 )
+from weights.reading import meta_hidden_dim
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -335,6 +335,12 @@ SHAPES = {  # dim, multiple_of, ffn_dim_multiplier of Meta's params.json -> hidd
     "13b": (5120, 256, None, 13824),
     "70b": (8192, 4096, 1.3, 28672),
 }
+
+
+@pytest.mark.parametrize("first", ["model", "weights.reading", "weights.writing", "weights.bitsandbytes"])
+def test_model_and_weights_import_each_other_whichever_comes_first(first):
+    script = f"import {first}, model; model.load_model, model.save_hf"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 @pytest.mark.parametrize(("name", "count"), [("7b", 6_738_415_616), ("13b", 13_015_864_320), ("70b", 68_976_648_192)])

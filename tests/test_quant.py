@@ -36,6 +36,7 @@ from quant import (
     triton,
 )
 from train import RunError, complete, train
+from weights.bitsandbytes import reordered
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -247,7 +248,7 @@ def test_both_kernels_follow_rows_in_another_order():
     """Reordered rows have nested scales of fewer absmax than 256: a kernel that divides by 256 reads the wrong ones."""
     torch.manual_seed(0)
     packed = quantize_nf4(torch.randn(128, 768, device="cuda" if GPU else "cpu"))
-    moved = packed.reordered(torch.randperm(128))
+    moved = reordered(packed, torch.randperm(128))
     assert moved.nested_block < packed.nested_block
     assert torch.equal(dequantize_triton(moved, torch.float16), dequantize_plain(moved, torch.float16))
     x = torch.randn(2, 768, device=packed.data.device)
@@ -268,9 +269,9 @@ def test_rows_in_another_order_are_the_same_rows_to_the_bit():
     weight, order = torch.randn(96, 768), torch.randperm(96)
     for double_quant in (True, False):
         packed = quantize_nf4(weight, double_quant)
-        assert torch.equal(dequantize_nf4(packed.reordered(order)), dequantize_nf4(packed)[order])
+        assert torch.equal(dequantize_nf4(reordered(packed, order)), dequantize_nf4(packed)[order])
     with pytest.raises(QuantError, match="rows of 71 numbers, not whole blocks of 64"):
-        quantize_nf4(torch.randn(64, 71)).reordered(torch.randperm(64))
+        reordered(quantize_nf4(torch.randn(64, 71)), torch.randperm(64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,39 @@
+"""bf16 weights as a CPU's product reads them: a model that answers faster, and is no longer one to train or to save."""
+
+import torch
+from torch import nn
+
+from quant import FrozenLinear
+
+
+class CPULinear(FrozenLinear):
+    """weight (out, in) in bf16, not quantised, laid out as oneDNN's product on a CPU reads it: pairs of rows interleaved.
+
+    From plain rows every product makes that order anew, piece by piece. A product of one token then reads weights at 60 to
+    75 % of the speed that this order, made once, gives."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__(weight)
+        ordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(torch.bfloat16), 1)
+        self.weight = nn.Parameter(ordered, requires_grad=False)
+
+    @staticmethod
+    def helps(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is for weights of this kind, on a CPU as this is."""
+        return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight.data, None, "none", [], "")
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.data.to_dense().to(dtype)
+
+
+def order_for_cpu(model: nn.Module) -> nn.Module:
+    """Make every bf16 linear a CPULinear where that helps, in place, one at a time. Returns the model."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and CPULinear.helps(module.weight.device, module.weight.dtype):
+            model.set_submodule(path, CPULinear(module.weight))
+    return model

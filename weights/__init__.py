@@ -1,0 +1,1 @@
+import model  # noqa: F401  first, as its last lines import what is here
