@@ -141,11 +141,8 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
 @torch.compiler.disable  # as many turns as there are documents: not a shape to compile for
 def attention_one_by_one(q, k, v, cu_seqlens, method: str) -> torch.Tensor:
     """The same where no kernel takes all documents at once: a loop over them."""
-    documents = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        parts = [x[start:end].transpose(0, 1) for x in (q, k, v)]  # (heads, t, D)
-        documents.append(attention_over_keys(*parts, method).transpose(0, 1))
-    return torch.cat(documents)
+    documents = ([x[start:end].transpose(0, 1) for x in (q, k, v)] for start, end in pairwise(cu_seqlens.tolist()))
+    return torch.cat([attention_over_keys(*parts, method).transpose(0, 1) for parts in documents])  # parts (heads, t, D)
 
 
 def has_varlen(x: torch.Tensor) -> bool:
@@ -155,20 +152,16 @@ def has_varlen(x: torch.Tensor) -> bool:
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
-    (heads, new, _), (kv_heads, seen, _) = q.shape, k.shape
+    (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
+    if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
     if method == "textbook":
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
-        return textbook_attention(q, k, v, causal_mask(new, seen, q.device))
+        return textbook_attention(q, k, v, mask)
     # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). Its own causal mask
-    # counts the queries from the first key on: right where they are all the tokens.
-    mask = None if new == seen else causal_mask(new, seen, q.device)
-    grouped = heads != kv_heads
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, enable_gqa=grouped)[0]
-
-
-def causal_mask(new: int, seen: int, device) -> torch.Tensor:
-    """(Tq, Tk), true where each of the last Tq of Tk tokens may look: at itself and before."""
-    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(diagonal=seen - new)
+    # counts queries and keys from the beginning alike, which is right where all tokens are new.
+    fused = partial(F.scaled_dot_product_attention, is_causal=mask is None, enable_gqa=heads != kv_heads)
+    return fused(q[None], k[None], v[None], mask)[0]
 
 
 class Attention(nn.Module):
@@ -229,8 +222,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1, static: bool = False):
         shape = (config.n_layers, sequences, config.n_kv_heads, max_len, config.head_dim)
         dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.static = static
         if static:  # a CUDA graph may then write into them where they are
@@ -239,11 +231,10 @@ class KVCache:
 
     def drop(self, row: int) -> None:
         """Forget a sequence. The last one takes its place."""
-        last = len(self.lengths) - 1
         for part in (self.keys, self.values):
-            part[:, row] = part[:, last]
-        self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:last]
+            part[:, row] = part[:, len(self.lengths) - 1]
+        self.lengths[row] = self.lengths[-1]
+        self.lengths = self.lengths[:-1]
 
     def visible(self) -> torch.Tensor:
         """(B, 1, 1, span), true where the next token of each sequence may look: at itself and before."""
@@ -402,7 +393,7 @@ FROM_HF = {theirs: ours for ours, theirs in TO_HF.items()}
 
 
 def rename(name: str, table: dict[str, str]) -> str:
-    # Whole words between dots only: "norm" is not to be found in "attention_norm".
+    """A tensor's name after TO_HF or FROM_HF. Whole words between dots only: "norm" is not to be found in "attention_norm"."""
     name = f".{name}"
     for old, new in table.items():
         name = name.replace(f".{old}.", f".{new}.", 1)

@@ -12,28 +12,25 @@ The mean squared error on normal data is 0.0085 of the variance.
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
 in backward. That is a few more milliseconds a layer, and it is why a QLoRA step needs less memory than a LoRA step but more time.
 
-The bytes are those of bitsandbytes, in memory and in its files. (Its compiled CPU path rounds about 0.2 % of the double-quantised
-scales to the neighbouring level; these lines take the nearest.) The plain PyTorch lines define what is computed; on a GPU two
-Triton kernels do the same faster: a weight made again in one pass, and the product of a packed weight with a few rows.
+The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
+scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a
+GPU two Triton kernels do the same faster: a weight made again in one pass, and the product of a packed weight with a few rows.
 """
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+triton = None  # the plain lines serve
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-    try:
+    with suppress(ImportError):
         import triton
         import triton.language as tl
-    except ImportError:  # the plain lines serve
-        triton = None
-else:
-    triton = None
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale of their own
@@ -85,19 +82,16 @@ def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple
     """Nearest level for each value of x (any shape, read flat, fp32): uint8 indices (n,) and absmax fp32 (blocks,).
 
     Every block of `block` values is divided by its own absmax first; the last may be shorter. Ties go to the lower level."""
-    flat = x.flatten().float()
+    flat, ragged = x.flatten().float(), x.numel() % block
+    rows = (F.pad(flat, (0, block - ragged)) if ragged else flat).view(-1, block)
+    absmax = rows.abs().amax(dim=1)
+    divisor = absmax.clamp(min=1e-38)[:, None]
+    scaled = rows * (1 / divisor)
+    if ragged:  # as bitsandbytes does, to the last bit: it divides a block that is not full, and multiplies the others
+        scaled[-1] = rows[-1] / divisor[-1]
     middles = ((code[:-1] + code[1:]) / 2).to(x.device)
-    whole = flat.numel() // block * block
-    indices, scales = [], []
-    for part, width in ((flat[:whole], block), (flat[whole:], flat.numel() - whole)):
-        if part.numel():
-            rows = part.view(-1, width)
-            absmax = rows.abs().amax(dim=1)
-            divisor = absmax.clamp(min=1e-38)[:, None]
-            scaled = rows * (1 / divisor) if width == block else rows / divisor  # as bitsandbytes does, to the last bit
-            indices.append(torch.bucketize(scaled.clamp(-1, 1), middles, out_int32=True).to(torch.uint8).flatten())
-            scales.append(absmax)
-    return torch.cat(indices), torch.cat(scales)
+    indices = torch.bucketize(scaled.clamp(-1, 1), middles, out_int32=True).to(torch.uint8)
+    return indices.flatten()[: flat.numel()], absmax
 
 
 def dequantize_blockwise(indices: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block: int) -> torch.Tensor:
@@ -110,8 +104,7 @@ def dequantize_blockwise(indices: torch.Tensor, absmax: torch.Tensor, code: torc
 # NF4
 
 
-@dataclass
-class PackedNF4:
+class PackedNF4(NamedTuple):
     """A weight in NF4. Double quantisation makes absmax indices into DYNAMIC_CODE, scaled by `nested` and moved by `offset`."""
 
     data: torch.Tensor  # uint8 (n/2,): two codes a byte, the first in the high half
@@ -161,7 +154,7 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool = True, among=None) ->
 
 def dequantize_nf4(packed: PackedNF4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """level[code] x absmax in fp32, rounded once to dtype. The weight's own shape."""
-    return dequantize_op(packed.data, packed.absmax, packed.nested, packed.offset, packed.shape, dtype)
+    return dequantize_op(*packed, dtype)
 
 
 def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
@@ -190,46 +183,25 @@ def linear_plain(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
 
 
 # PyTorch sees each of the two products of NF4 as one operator of known output: torch.compile and memory.py need not look inside.
+_PACKED = "Tensor data, Tensor absmax, Tensor? nested, Tensor? offset, SymInt[] shape"
 
 
-@torch.library.custom_op("nanotune::dequantize_nf4", mutates_args=())
-def dequantize_op(
-    data: torch.Tensor,
-    absmax: torch.Tensor,
-    nested: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+@torch.library.custom_op("nanotune::dequantize_nf4", mutates_args=(), schema=f"({_PACKED}, ScalarType dtype) -> Tensor")
+def dequantize_op(data, absmax, nested, offset, shape, dtype):
     packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
     kernel = triton and data.is_cuda and math.prod(shape) % BLOCK == 0
     return dequantize_triton(packed, dtype) if kernel else dequantize_plain(packed, dtype)
 
 
-@dequantize_op.register_fake
-def _(data, absmax, nested, offset, shape, dtype):
-    return data.new_empty(shape, dtype=dtype)
-
-
-@torch.library.custom_op("nanotune::nf4_linear", mutates_args=())
-def nf4_linear_op(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    absmax: torch.Tensor,
-    nested: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    shape: Sequence[int],
-) -> torch.Tensor:
+@torch.library.custom_op("nanotune::nf4_linear", mutates_args=(), schema=f"(Tensor x, {_PACKED}) -> Tensor")
+def nf4_linear_op(x, data, absmax, nested, offset, shape):
     """x (T, in) @ W^T -> (T, out), W never in memory: 4.13 bits a weight are read; making W would write and read 32 more."""
     packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
-    if triton and x.is_cuda and shape[1] % 256 == 0:
-        return matvec_triton(x, packed)
-    return linear_plain(x, packed)
+    return matvec_triton(x, packed) if triton and x.is_cuda and shape[1] % 256 == 0 else linear_plain(x, packed)
 
 
-@nf4_linear_op.register_fake
-def _(x, data, absmax, nested, offset, shape):
-    return x.new_empty(*x.shape[:-1], shape[0])
+dequantize_op.register_fake(lambda data, absmax, nested, offset, shape, dtype: data.new_empty(shape, dtype=dtype))
+nf4_linear_op.register_fake(lambda x, data, absmax, nested, offset, shape: x.new_empty(*x.shape[:-1], shape[0]))
 
 
 if triton:
@@ -352,8 +324,8 @@ class NF4Linear(FrozenLinear):
         packed = weight if isinstance(weight, PackedNF4) else quantize_nf4(weight, among=self.among)
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         self.absmax = nn.Parameter(packed.absmax, requires_grad=False)
-        nested = torch.cat([packed.nested, packed.offset.view(1).to(packed.nested.device)])
-        self.nested = nn.Parameter(nested.view(torch.uint8), requires_grad=False)
+        nested = torch.cat([packed.nested, packed.offset.view(1)]).view(torch.uint8)
+        self.nested = nn.Parameter(nested, requires_grad=False)
 
     def packed(self) -> PackedNF4:
         nested = self.nested.data.view(torch.float32)
@@ -365,8 +337,7 @@ class NF4Linear(FrozenLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or x.numel() > 16 * self.in_features or self.in_features % BLOCK:
             return super().forward(x)
-        packed = self.packed()  # decoding: a token or a few
-        return nf4_linear_op(x, packed.data, packed.absmax, packed.nested, packed.offset, packed.shape)
+        return nf4_linear_op(x, *self.packed())  # decoding: a token or a few
 
 
 class Int8Linear(FrozenLinear):
@@ -428,15 +399,28 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def _step_piece(group: dict, state: dict, weight: torch.Tensor, grad: torch.Tensor, start: int) -> None:
-        (beta1, beta2), step = group["betas"], int(state["step"])
-        mean = _unpacked(state, "exp_avg", DYNAMIC_CODE, start).lerp_(grad, 1 - beta1)
-        square = _unpacked(state, "exp_avg_sq", UNSIGNED_CODE, start).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        (beta1, beta2), step, packed = group["betas"], int(state["step"]), "exp_avg_absmax" in state
+        here, blocks = (slice(start // size, (start + PIECE) // size) for size in (1, NESTED_BLOCK))
+
+        def unpacked(name, code):
+            piece = state[name][here]
+            return dequantize_blockwise(piece, state[f"{name}_absmax"][blocks], code, NESTED_BLOCK) if packed else piece
+
+        def pack(name, code, moment):
+            indices, state[f"{name}_absmax"][blocks] = quantize_blockwise(moment, code, NESTED_BLOCK)
+            if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
+                indices = torch.where(moment > 0, indices.clamp(min=1), indices)
+            state[name][here] = indices
+
+        mean = unpacked("exp_avg", DYNAMIC_CODE).lerp_(grad, 1 - beta1)
+        square = unpacked("exp_avg_sq", UNSIGNED_CODE).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
         root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         exact.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
         weight.copy_(stochastic_round(exact) if weight.dtype == torch.bfloat16 else exact)
-        _pack(state, "exp_avg", DYNAMIC_CODE, start, mean)
-        _pack(state, "exp_avg_sq", UNSIGNED_CODE, start, square)
+        if packed:  # fp32 moments have been changed where they are
+            pack("exp_avg", DYNAMIC_CODE, mean)
+            pack("exp_avg_sq", UNSIGNED_CODE, square)
 
     @staticmethod
     def _beginning(weight: torch.Tensor) -> dict:
@@ -455,26 +439,6 @@ class AdamW8bit(torch.optim.Optimizer):
         for weight, number in zip(weights, numbers, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[weight][name] = value.to(weight.device, copy=True) if torch.is_tensor(value) else value
-
-
-def _unpacked(state: dict, name: str, code: torch.Tensor, start: int) -> torch.Tensor:
-    """A piece of a moment from `start` on, in fp32."""
-    piece = state[name][start : start + PIECE]
-    if piece.dtype == torch.float32:
-        return piece
-    absmax = state[f"{name}_absmax"][start // NESTED_BLOCK : (start + PIECE) // NESTED_BLOCK]
-    return dequantize_blockwise(piece, absmax, code, NESTED_BLOCK)
-
-
-def _pack(state: dict, name: str, code: torch.Tensor, start: int, moment: torch.Tensor) -> None:
-    """Put it back, into the same bytes. A moment kept in fp32 has been changed where it is."""
-    if state[name].dtype == torch.float32:
-        return
-    indices, absmax = quantize_blockwise(moment, code, NESTED_BLOCK)
-    if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
-        indices = torch.where(moment > 0, indices.clamp(min=1), indices)
-    state[name][start : start + PIECE] = indices
-    state[f"{name}_absmax"][start // NESTED_BLOCK : (start + PIECE) // NESTED_BLOCK] = absmax
 
 
 def stochastic_round(x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def to_bitsandbytes(packed: PackedNF4, rows: torch.Tensor | None, dtype: torch.d
 
     Where the rows change places, 256 absmax that come to stand together may have had different nested scales, and
     bitsandbytes knows one a group. They are then written in fp32, exact again, for 4.5 bits a weight instead of 4.127."""
-    packed = PackedNF4(packed.data.cpu(), packed.absmax.cpu(), packed.nested.cpu(), packed.offset.cpu(), packed.shape)
+    packed = PackedNF4(*(part.cpu() for part in packed[:4]), packed.shape)
     if rows is not None:
         packed = reordered(packed, rows)
     state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": str(dtype)[6:], "shape": packed.shape}
