@@ -447,6 +447,7 @@ def with_other_levels(tensors):
         (without("quant_state.bitsandbytes__nf4"), "wo.weight is packed, but its quant_state.bitsandbytes__nf4 is missing"),
         (with_state(blocksize=128), "wo.weight is packed in blocks of 128"),
         (with_state(shape=[2, 2]), r"wo.weight is packed in blocks of 64 with shape \(2, 2\)"),
+        (with_state(nested_offset="0,1"), "wo.weight has a quant_state.bitsandbytes__nf4 that cannot be read: could not convert"),
         (as_fp4, "wo.weight is packed as fp4, and only nf4 is read"),
         (with_other_levels, "wo.weight has a quant_map with other levels than NF4"),
     ],
@@ -470,6 +471,7 @@ def test_a_broken_4_bit_folder_is_refused_by_the_tensors_name(change, sentence, 
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "quantised by torchao; only bitsandbytes' nf4 is read"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes, in 8 bits; only"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "by bitsandbytes, as fp4; only"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "by bitsandbytes, as fp4; only"),  # what it does if not told
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq; only"),
     ],
 )

@@ -33,6 +33,7 @@ def from_bitsandbytes(parts: dict[str, torch.Tensor], shape, rows: torch.Tensor 
     try:
         state = json.loads(bytes(parts[_STATE].tolist()))
         found = (state["blocksize"], tuple(state["shape"]), state.get("nested_blocksize", NESTED_BLOCK))
+        double, offset = "nested_offset" in state, float(state.get("nested_offset", 0))
     except (ValueError, KeyError, TypeError) as error:
         raise QuantError(f"has a {_STATE} that cannot be read: {error}") from None
     if found != (BLOCK, tuple(shape), NESTED_BLOCK):
@@ -40,7 +41,7 @@ def from_bitsandbytes(parts: dict[str, torch.Tensor], shape, rows: torch.Tensor 
             f"is packed in blocks of {found[0]} with shape {found[1]} and nested blocks of {found[2]}; "
             f"expected {BLOCK}, {tuple(shape)} and {NESTED_BLOCK}"
         )
-    n, double = math.prod(shape), "nested_offset" in state
+    n = math.prod(shape)
     blocks = -(-n // BLOCK)
     expected = {"weight": -(-n // 2), "absmax": blocks, "quant_map": 16}
     if double:
@@ -58,11 +59,10 @@ def from_bitsandbytes(parts: dict[str, torch.Tensor], shape, rows: torch.Tensor 
     # copies: what was read is a view of the file
     data, absmax = (parts[name].flatten().to(device, copy=True) for name in ("weight", "absmax"))
     if double:
-        nested, offset = parts["nested_absmax"].float().to(device), torch.tensor(state["nested_offset"], device=device)
+        nested = parts["nested_absmax"].float().to(device)
     else:  # fp32 absmax are nested scales of their own, each of one absmax that is the level 1.0
-        nested, offset = absmax, torch.zeros((), device=device)
-        absmax = torch.full_like(absmax, 255, dtype=torch.uint8)
-    packed = PackedNF4(data, absmax, nested, offset, tuple(shape))
+        nested, absmax = absmax, torch.full_like(absmax, 255, dtype=torch.uint8)
+    packed = PackedNF4(data, absmax, nested, torch.tensor(offset, device=device), tuple(shape))
     if not packed.scales().isfinite().all():
         raise QuantError("has scales that are NaN or infinity")
     return packed if rows is None else reordered(packed, rows)

@@ -100,7 +100,7 @@ def _hf_config(path: Path) -> ModelConfig:
     if packing and not (packing.get("load_in_4bit") and packing.get("bnb_4bit_quant_type") == "nf4"):
         method = packing.get("quant_method", "an unnamed method")
         bits = ", in 8 bits" if packing.get("load_in_8bit") else ""
-        kind = f", as {packing['bnb_4bit_quant_type']}" if packing.get("load_in_4bit") else ""
+        kind = f", as {packing.get('bnb_4bit_quant_type', 'fp4')}" if packing.get("load_in_4bit") else ""
         raise CheckpointError(f"{path}: the weights are quantised by {method}{bits}{kind}; only bitsandbytes' nf4 is read")
     try:
         config = ModelConfig(
