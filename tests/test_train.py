@@ -22,6 +22,9 @@ from data import TEMPLATES, PackedBatches, encode_documents
 from generate import GenerateConfig, load
 from lora import load_adapter
 from model import from_hf, load_model, save_hf, save_meta
+from running import folder as folder_script
+from running.checkpoint import checkpoints
+from sizing.rehearsal import Memory
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -285,9 +288,9 @@ def test_the_checkpoint_before_the_first_step_resumes_too(base):
     """Found by killing: that checkpoint knew nothing of an optimizer, and a run killed before its second one could not go on;
     later, that it could, but was evaluated once more, so that the log had two rows of step 0."""
     whole = run(base, save_total_limit=0, eval_data=[str(base / "held.jsonl")])
-    for checkpoint in train_script.checkpoints(base / "run")[1:]:
+    for checkpoint in checkpoints(base / "run")[1:]:
         subprocess.run(["rm", "-r", str(checkpoint)], check=True)
-    assert [path.name for path in train_script.checkpoints(base / "run")] == ["checkpoint-0"]
+    assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0"]
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
     assert resumed == whole == log_of(base / "run")
 
@@ -481,14 +484,14 @@ def wait_for(path, process):
 NAN_ON_RANK_1 = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import model, train
+import model, sizing.rehearsal, train
 forward, calls = model.Llama.forward, []
 def spoiled(self, *args, **kwargs):
     loss = forward(self, *args, **kwargs)
     calls.append(1)
     return loss * float("nan") if len(calls) == 3 and os.environ["RANK"] == "1" else loss
 model.Llama.forward = spoiled
-train.Memory.predict = lambda self: setattr(self, "line", None) or ""
+sizing.rehearsal.Memory.predict = lambda self: setattr(self, "line", None) or ""
 train.main()
 """
 
@@ -617,7 +620,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(base):
     with pytest.raises(RunError, match=r"the (loss|gradient) is (nan|inf) in step \d+.*; the last checkpoint stands"):
         run(base, learning_rate=1e18, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0, max_steps=20)
-    newest = train_script.checkpoints(base / "run")[-1]
+    newest = checkpoints(base / "run")[-1]
     assert saved(newest)["step"] >= 1
     assert not (base / "run" / "adapter_model.safetensors").exists()
 
@@ -644,14 +647,14 @@ def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(bas
 
 @pytest.mark.parametrize(("method", "writer"), [("lora", "save_adapter"), ("full", "save_hf")])
 def test_a_final_save_that_reads_back_otherwise_is_not_put_in_place(base, method, writer, monkeypatch):
-    original = getattr(train_script, writer)
+    original = getattr(folder_script, writer)
 
     def damaged(model, folder, *args, **options):
         original(model, folder, *args, **options)
         path = next(folder.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
 
-    monkeypatch.setattr(train_script, writer, damaged)
+    monkeypatch.setattr(folder_script, writer, damaged)
     with pytest.raises(RunError, match="is not what was written: is the disk sound"):
         run(base, method=method, max_steps=2)
     assert not list((base / "run").glob("*.safetensors")) and (base / "run" / "checkpoint-2").exists()
@@ -669,7 +672,7 @@ def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number):
         _, message = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "stopped after step" in message and "is saved: --resume" in message and "Traceback" not in message
-    stopped = int(train_script.checkpoints(base / "run")[-1].name.split("-")[1])
+    stopped = int(checkpoints(base / "run")[-1].name.split("-")[1])
     assert 0 < stopped < 40
     assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == whole
 
@@ -685,7 +688,7 @@ def test_torchrun_asked_to_stop_lets_all_ranks_save(base, number):
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         _, message = process.communicate(timeout=60)
     assert "stopped after step" in message and "is saved: --resume" in message
-    assert 0 < int(train_script.checkpoints(base / "run")[-1].name.split("-")[1]) < 60
+    assert 0 < int(checkpoints(base / "run")[-1].name.split("-")[1]) < 60
     result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")])
     assert result.returncode == 0, result.stderr
     assert losses(log_of(base / "run")) == losses(together(base, "whole", 2, **more))
@@ -733,7 +736,7 @@ def test_a_disk_that_turns_read_only_in_a_run_gives_one_sentence_and_loses_nothi
     assert result.returncode == 2, result.stderr
     said = result.stderr.splitlines()[-1]
     assert said.startswith("train.py: could not write") and "what was there stands" in said and "Read-only" in said
-    stopped = int(train_script.checkpoints(folder)[-1].name.split("-")[1])
+    stopped = int(checkpoints(folder)[-1].name.split("-")[1])
     assert 4 <= stopped < 400
     state = saved(folder / f"checkpoint-{stopped}")
     assert state["step"] == stopped and all(weight.isfinite().all() for weight in state["weights"].values())
@@ -876,6 +879,6 @@ def test_running_out_of_memory_is_explained(base, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_script, "training_step", out_of_memory)
-    monkeypatch.setattr(train_script.Memory, "predict", lambda self: setattr(self, "line", None) or "")
+    monkeypatch.setattr(Memory, "predict", lambda self: setattr(self, "line", None) or "")
     with pytest.raises(RunError, match=r"out of memory: .* was predicted, most of it .*\n.*--gradient_checkpointing"):
         run(base)

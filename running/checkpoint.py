@@ -26,9 +26,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-
-class RunError(ValueError):
-    """A run that cannot start, go on, or be saved."""
+from running.settings import RunError
 
 
 @contextlib.contextmanager
@@ -152,7 +150,7 @@ def read_state(folder: Path, model: nn.Module) -> dict:
         raise RunError(f"{folder / 'state.json'} cannot be read ({error}); {remedy}") from None
     if state["shapes"] != {f"weights.{name}": list(x.shape) for name, x in trained_weights(model).items()}:
         raise RunError(f"{folder} holds other weights than this run trains")
-    return state
+    return {name: value for name, value in state.items() if name not in ("format", "shapes", "files")}
 
 
 def make_state(model: nn.Module, optimizer) -> None:
@@ -173,3 +171,51 @@ def restore(folder: Path, model: nn.Module, optimizer, workers) -> None:
         raise RunError(f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp as before")
     with warnings.catch_warnings(action="ignore"):
         dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
+
+
+class Saver:
+    """What a run saves on its way: checkpoint-STEP to go on from, of which the newest few are kept, and the `best` weights."""
+
+    def __init__(self, config, model: nn.Module, optimizer, scaler, workers):
+        self.folder, self.resume, self.keep = Path(config.output_dir), config.resume, config.save_total_limit
+        self.model, self.optimizer, self.scaler, self.workers = model, optimizer, scaler, workers
+        self.state = None
+
+    def found(self) -> dict | None:
+        """With --resume the state of the newest checkpoint, if there is one: the step, the log so far, ..."""
+        for newest in checkpoints(self.folder)[-1:] if self.resume else []:
+            self.state = read_state(newest, self.model)
+        return self.state
+
+    def restore(self) -> None:
+        """Give weights, optimizer and scaler what stands in the checkpoint that was found."""
+        if self.state:
+            step = self.state["step"]
+            restore(self.folder / f"checkpoint-{step}", self.model, self.optimizer if step else None, self.workers)
+            self.scaler.load_state_dict(self.state["scaler"])
+            self.workers.say(f"resumed after step {step}")
+
+    def rehearse(self, state: dict) -> None:
+        """Save before the first step, in full size: what cannot be saved is found out now, not after two days."""
+        make_state(self.model, self.optimizer)
+        self.save(state)
+        self.optimizer.state.clear()
+
+    def save(self, state: dict) -> None:
+        self.write(f"checkpoint-{state['step']}", state, self.optimizer)
+        if self.workers.first and self.keep:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+
+    def save_best(self, state: dict) -> None:
+        self.write("best", state)
+
+    def write(self, name: str, state: dict, optimizer=None) -> None:
+        about = state | {"scaler": self.scaler.state_dict()}
+        write_checkpoint(self.folder / name, self.model, optimizer, self.workers, **about)
+
+    def load_best(self) -> None:
+        best = read_state(self.folder / "best", self.model)
+        restore(self.folder / "best", self.model, None, self.workers)
+        about = f"their held-out loss of {best['best']:.4f} is the lowest"
+        self.workers.say(f"the weights of step {best['step']} are taken: {about}")
