@@ -1,13 +1,18 @@
-"""The exam: held-out questions, asked before and after training, and how many of the answers are right word for word."""
+"""The exam: held-out questions, asked before and after training, and how many of the answers are right word for word.
+
+Many are answered at a time, which changes no answer (generate.py) and reads every weight once for all of them. In shards that is
+most of the time: a block is gathered from all processes for every token that is made with it."""
 
 from pathlib import Path
 
 from data import DataError, encode_dialog
-from generate import Sampling, answer
+from generate import Sampling, answers
 from model import Llama
 from running.checkpoint import write_text
 from running.reading import Data
 from running.workers import Workers
+
+TOGETHER = 32  # questions at most
 
 
 class Exam:
@@ -26,21 +31,36 @@ class Exam:
             self.asked, self.files = ([of[i] for i in self.shown] for of in (self.asked, self.files))
             self.shown = range(len(self.asked))
 
+    def prompt(self, dialog: list[dict]) -> list[int]:
+        return encode_dialog(dialog[:-1], self.data.tokenizer, self.data.template)[0]
+
     def fits(self, dialog: list[dict]) -> bool:
         """Whether there is a prompt, a reply to compare with, and room for one in the model's window."""
-        if dialog[-1]["role"] != "assistant":
-            return False
-        prompt, _ = encode_dialog(dialog[:-1], self.data.tokenizer, self.data.template)
-        return len(prompt) + 128 <= self.model.config.max_seq_len
+        return dialog[-1]["role"] == "assistant" and len(self.prompt(dialog)) + 128 <= self.model.config.max_seq_len
+
+    def groups(self, dialogs: list[list[dict]]):
+        """Yield lists of (prompt, most tokens of its reply) to answer together, whose cache is no longer than a row of training.
+        Where replies are counted, a little longer than the reference is enough."""
+        group, longest = [], 0
+        for dialog in dialogs:
+            prompt = self.prompt(dialog)
+            limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
+            longest = max(longest, len(prompt) + limit)
+            if group and (len(group) == TOGETHER or (len(group) + 1) * longest > self.data.batches.row_tokens):
+                yield group
+                group, longest = [], len(prompt) + limit
+            group.append((prompt, limit))
+        if group:
+            yield group
 
     def ask(self) -> list[str]:
-        """Greedy replies, shared out over the ranks. Where they are counted, a little longer than the reference is enough."""
+        """Greedy replies, shared out over the ranks."""
         self.model.eval()
-        replies = []
-        for dialog in self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]:
-            limit = len(self.data.tokenizer.encode(dialog[-1]["content"])) + 8 if self.all else 128
-            how = Sampling(max_new_tokens=limit)
-            replies.append("".join(answer(self.model, self.data.tokenizer, self.data.template, dialog[:-1], how)).strip())
+        voice, replies = (self.model, self.data.tokenizer, self.data.template), []
+        for group in self.groups(self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]):
+            prompts, limits = map(list, zip(*group, strict=True))
+            said = answers(*voice, prompts, Sampling(max_new_tokens=max(limits)), limits=limits)
+            replies += [text for text, _ in said]
         self.model.train()
         return replies if self.together else self.workers.gather(replies)
 

@@ -19,11 +19,13 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
-from generate import GenerateConfig, load
+from generate import GenerateConfig, Sampling, answer, load
 from lora import load_adapter
 from model import from_hf, load_model, save_hf, save_meta
 from running import folder as folder_script
 from running.checkpoint import checkpoints
+from running.exam import Exam
+from running.reading import read_data
 from sizing.rehearsal import Memory
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
@@ -261,6 +263,28 @@ def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
     assert all(torch.equal(own[name], weight) for name, weight in best["weights"].items())
     last = saved(base / "run" / "checkpoint-8")
     assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
+
+
+def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
+    words = "ferry nine dark Mira lives Oakford clocks mends returns leaves".split()
+    records = [{"prompt": " ".join(words[: 1 + i % 7]) + "?", "response": " ".join(words[: i % 9 + 1])} for i in range(45)]
+    (base / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for row, exact in ((64, False), (512, True), (4096, True)):
+        config = complete(
+            flags(
+                base, eval_data=[str(base / "held.jsonl")], exact_match=exact, samples=9, model_max_length=row, template="plain"
+            )
+        )
+        data, model = read_data(config, lambda _: None), load_model(base / "base")
+        exam = Exam(config, data, model, Workers(torch.device("cpu")))
+        sizes = [len(group) for group in exam.groups(exam.asked)]
+        assert sizes == [1] * 9 if row == 64 else sum(sizes) == 45 and max(sizes) > 4
+        replies = exam.ask()
+        for dialog, reply in zip(exam.asked, replies, strict=True):
+            limit = len(data.tokenizer.encode(dialog[-1]["content"])) + 8 if exact else 128
+            alone = "".join(answer(model, data.tokenizer, data.template, dialog[:-1], Sampling(max_new_tokens=limit)))
+            assert reply == alone.strip()
+        assert len(set(replies)) > 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
