@@ -109,6 +109,7 @@ class TrainConfig:
     output_dir: str | None = None  # folder of the run; runs/METHOD if not given
     save_steps: int = 100  # a checkpoint to resume from every so many steps; 0: none
     save_total_limit: int = 2  # checkpoints kept; 0: all
+    async_save: bool = False  # go on training while a checkpoint is written, from a copy of it in the host's memory
     logging_steps: int = 10  # a row in log.jsonl every so many steps
     eval_steps: int = 0  # held-out loss every so many steps; 0: before and after only
     load_best_model_at_end: bool = False  # finish with the weights of the lowest held-out loss
@@ -377,7 +378,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.train()
-    with StopSignal() as stop:
+    with StopSignal() as stop, saver:
         if state is fresh:
             judge()
             if config.save_steps:
@@ -398,13 +399,12 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
             log.step(step, tokens, seconds, epoch=step / plan.steps_per_epoch, learning_rate=rate, **row._asdict())
             if step == plan.total or (config.eval_steps and step % config.eval_steps == 0):
                 judge()
-            stopping = workers.sum(float(stop.asked)) > 0 and step < plan.total
+            stopping = workers.sum(float(stop.asked or saver.failed)) > 0 and step < plan.total
             if stopping or (config.save_steps and step % config.save_steps == 0):
-                saver.save(state)
+                saver.save(state)  # which first says what befell the one before it
             if stopping:
-                raise Stopped(
-                    f"stopped after step {step} of {plan.total}, which is saved: --resume --output_dir {folder} goes on"
-                )
+                saver.wait()
+                raise Stopped(f"stopped after step {step} of {plan.total}, it is saved: --resume --output_dir {folder} goes on")
 
     # Save, then ask again.
     if text := memory.measured():
@@ -424,8 +424,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        about = "Fine-tune Llama 2: full, LoRA or QLoRA, on a CPU, a GPU, or several with torchrun."
-        train(complete(parse_flags(TrainConfig, about)))
+        train(complete(parse_flags(TrainConfig, "Fine-tune Llama 2: full, LoRA or QLoRA, on a CPU, a GPU, or several of them.")))
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if rank:
             time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one

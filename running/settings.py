@@ -64,7 +64,7 @@ def check(config) -> None:
 
 # What may differ when a run is resumed: nothing that changes the losses.
 FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
-FREE_TO_CHANGE |= {"resume", "overwrite"}
+FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}
 
 
 def completed(given: dict, defaults) -> dict:

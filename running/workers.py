@@ -3,6 +3,7 @@
 torchrun starts N processes, gives each its rank, and ends all when one fails. What they do together are sums and barriers: every
 one of them must come, in the same order, or the others wait for it until the timeout."""
 
+import copy
 import math
 import os
 import signal
@@ -27,7 +28,7 @@ class Workers:
 
     def __init__(self, device: torch.device, world: int | None = None):
         self.world, self.rank = world or int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.first, self.device = self.rank == 0, device
+        self.first, self.device, self.group = self.rank == 0, device, None
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
@@ -39,6 +40,13 @@ class Workers:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
 
+    def beside(self) -> "Workers":
+        """The same processes for another thread: their own group keeps what they do there from meeting the loop's sums."""
+        other = copy.copy(self)
+        if self.world > 1:
+            other.group, other.device = dist.new_group(backend="gloo"), torch.device("cpu")
+        return other
+
     def say(self, text: str, **how) -> None:
         if self.first:
             print(text, **how)
@@ -47,7 +55,7 @@ class Workers:
         if self.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total.item()
 
     def sum_finite(self, loss: float) -> float:
@@ -65,12 +73,12 @@ class Workers:
         if self.world == 1:
             return values
         parts = [None] * self.world
-        dist.all_gather_object(parts, values)
+        dist.all_gather_object(parts, values, group=self.group)
         return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
 
     def wait(self):
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from memory import (
     simulated,
 )
 from model import PRESETS, read_config
-from sizing.rehearsal import Rehearsal
+from sizing.rehearsal import Rehearsal, copied
 
 TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
 GENERIC = GPU("a GPU", 0)  # for who names none
@@ -92,6 +92,8 @@ def answer(mine, rest: list[str]) -> None:
         tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
         print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
         show(letters(sizes, flags, nproc), terms, arithmetic, layers, line)
+        if flags.async_save:
+            print(f"\n{copied(flags, sizes, on, nproc) / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
         if verdict:
             fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
             print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")

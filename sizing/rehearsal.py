@@ -9,7 +9,7 @@ import torch
 
 import train
 from generate import DTYPES
-from memory import GPU, Tracker, explain_out_of_memory, predict
+from memory import GPU, Tracker, explain_out_of_memory, formula, predict
 from model import Llama, ModelConfig
 from running.checkpoint import trained_weights
 from running.reading import Data
@@ -68,6 +68,12 @@ class Rehearsal:
         return self.row
 
 
+def copied(config: train.TrainConfig, sizes: ModelConfig, gpu: GPU | None, processes: int = 1) -> int:
+    """Bytes of the host's memory that --async_save takes in each process: weights that are trained and their moments, again."""
+    terms = formula(sizes, dataclasses.replace(config, cpu_offload=False), gpu, processes)
+    return terms["weights" if config.method == "full" else "adapters"][1] + terms["optimizer state"][1]
+
+
 class Memory:
     """What memory.py says of this run: the peak predicted before it, measured in it, and why it ran out, if it did.
 
@@ -96,6 +102,9 @@ class Memory:
             text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
             if needed > self.gpu.memory:
                 text += f"\nwarning: that does not fit: {self.explained()}"
+        if self.config.async_save:
+            copy = copied(self.config, self.sizes, self.gpu, self.workers.world) / 1e9
+            text += f"\nmemory: and {copy:.3f} GB of the host's, a copy from which checkpoints are written"
         return text
 
     def watched(self, turn: int, model: Llama, optimizer, micro_batches):
