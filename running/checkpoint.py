@@ -19,6 +19,7 @@ import shutil
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -196,13 +197,14 @@ class Saver:
     def __init__(self, config, model: nn.Module, optimizer, scaler, workers):
         self.folder, self.resume, self.keep = Path(config.output_dir), config.resume, config.save_total_limit
         self.model, self.optimizer, self.scaler, self.workers = model, optimizer, scaler, workers
-        self.state = self.writing = self.stager = self.thread = None
+        self.state = self.writing = self.thread = None
         if config.async_save:
-            cuda = workers.device.type == "cuda"  # whose copies are faster into pinned memory, which stays for the next ones
-            self.stager = DefaultStager(
-                StagingOptions(cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
-            )
-            self.thread, self.workers = ThreadPoolExecutor(1), workers.beside()
+            cuda = workers.device.type == "cuda"
+            # Pinned memory is faster to copy into; it is kept for the next copies.
+            how = StagingOptions(cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
+            self.stager, self.workers = DefaultStager(how), workers.beside()
+            begin = partial(torch.cuda.set_device, workers.device) if cuda else None  # a new thread would begin on GPU 0
+            self.thread = ThreadPoolExecutor(1, initializer=begin)
 
     def found(self) -> dict | None:
         """With --resume the state of the newest checkpoint, if there is one: the step, the log so far, ..."""
@@ -235,6 +237,8 @@ class Saver:
     def _write(self, folder: Path, state: dict, optimizer=None, keep: int = 0) -> None:
         self.wait()
         tensors = tensors_of(self.model, optimizer)
+        if self.thread:
+            tensors = self.stager.stage(tensors)
         about = state | {"rows": list(state["rows"]), "scaler": self.scaler.state_dict()}
 
         def write():
@@ -242,10 +246,10 @@ class Saver:
             for old in checkpoints(self.folder)[:-keep] if keep and self.workers.first else []:
                 shutil.rmtree(old)
 
-        if self.stager is None:
-            return write()
-        tensors = self.stager.stage(tensors)
-        self.writing = self.thread.submit(write)
+        if self.thread:
+            self.writing = self.thread.submit(write)
+        else:
+            write()
 
     @property
     def failed(self) -> bool:
