@@ -275,6 +275,21 @@ def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[
     return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
 
 
+def answers(
+    model: Llama, tokenizer: Tokenizer, template: Template, prompts: list[list[int]], sampling, streams=None, limits=None
+) -> list[tuple[str, int]]:
+    """The (text, number of tokens) of the reply to each prompt (token ids), made together, each as it would be alone. streams: as
+    generate_batch has them; limits: the most tokens of each, up to sampling.max_new_tokens."""
+    stop, finished = (*template.stop, *sampling.stop), set()
+    said: list[list[int]] = [[] for _ in prompts]
+    stop_tokens = (tokenizer.eos_id,)
+    for i, token in generate_batch(model, prompts, sampling, stop_tokens=stop_tokens, streams=streams, finished=finished):
+        said[i].append(token)
+        if (limits and len(said[i]) == limits[i]) or (stop and any(word in tokenizer.decode(said[i]) for word in stop)):
+            finished.add(i)
+    return [("".join(text_stream(tokenizer, ids, stop)).strip(), len(ids)) for ids in said]
+
+
 def read_json(path: Path) -> dict:
     """What the file holds; nothing if there is no such file."""
     try:

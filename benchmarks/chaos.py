@@ -1,6 +1,6 @@
 """A run that is killed with kill -9 at random moments, again and again, against one that nobody disturbs.
 
-    python benchmarks/chaos.py [--kills 50] [--steps 200] [--processes 2] [--method lora] [--seed 0]
+    python benchmarks/chaos.py [--kills 50] [--steps 200] [--processes 2] [--method lora] [--seed 0] [--async_save]
 
 The embedded default is trained twice from the same seed; of several processes each holds a shard (--fsdp). The second run has one
 of them killed a random while after it began to step, at times in the middle of a save, and is started again with --resume, until
@@ -25,6 +25,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive a fork
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sizing.rehearsal  # noqa: F401  train.py imports it when it begins
 import train
 from data import PackedBatches
 
@@ -114,10 +115,12 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--async_save", action="store_true", help="checkpoints are written while the run goes on")
     options = parser.parse_args()
     random.seed(options.seed)
     common = "--device cpu --samples 0 --exact_match False --logging_steps 1 --save_steps 2".split()
     common += ["--method", options.method, "--max_steps", str(options.steps), "--fsdp", str(options.processes > 1)]
+    common += ["--async_save", str(options.async_save)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole, killed, errors = folder / "whole", folder / "killed", folder / "errors"

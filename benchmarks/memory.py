@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import memory
 from model import PRESETS
-from train import Rehearsal, TrainConfig, Workers, build, sharding
+from sizing.rehearsal import Rehearsal
+from train import TrainConfig, Workers, build, sharding
 
 AGAIN = {"gradient_checkpointing": True}
 METHODS = {

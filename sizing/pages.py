@@ -26,6 +26,7 @@ from memory import (
     simulated,
 )
 from model import PRESETS, read_config
+from sizing.rehearsal import Rehearsal, copied
 
 TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
 GENERIC = GPU("a GPU", 0)  # for who names none
@@ -66,7 +67,7 @@ def answer(mine, rest: list[str]) -> None:
     if mine.solve:
         return print(solve(mine.solve, sizes, flags, gpu, nproc))
     line = simulate(flags, sizes, on, nproc)
-    real = measure(train.Rehearsal(flags, sizes, torch.device("cuda", 0)), torch.device("cuda", 0)) if mine.measure else None
+    real = measure(Rehearsal(flags, sizes, torch.device("cuda", 0)), torch.device("cuda", 0)) if mine.measure else None
 
     closed, counted = formula(sizes, flags, on, nproc), simulated(line, sizes.n_layers)
     measured = simulated(real, sizes.n_layers) | {"reserved": real.reserved} if real else {}
@@ -91,6 +92,8 @@ def answer(mine, rest: list[str]) -> None:
         tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
         print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
         show(letters(sizes, flags, nproc), terms, arithmetic, layers, line)
+        if flags.async_save:
+            print(f"\n{copied(flags, sizes, on, nproc) / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
         if verdict:
             fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
             print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
@@ -103,7 +106,7 @@ def answer(mine, rest: list[str]) -> None:
 
 
 def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
-    return predict(train.Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None, processes=nproc), gpu)
+    return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None, processes=nproc), gpu)
 
 
 def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
@@ -276,7 +279,7 @@ def solve(what: str, sizes, flags, gpu: GPU, nproc: int) -> str:
 def reproduce() -> None:
     """The starting document's sum (7B, 2,048 tokens, fp16, textbook attention) beside the count, and how it comes down."""
 
-    class Document(train.Rehearsal):
+    class Document(Rehearsal):
         """16 bits throughout and AdamW straight on them, which train.py refuses to do: here it is only counted."""
 
         def build(self):

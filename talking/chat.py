@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import DataError, dialog_of, encode_dialog, read_records
-from generate import GenerateConfig, Sampling, Voice, generate, generate_batch, text_stream
+from generate import GenerateConfig, Sampling, Voice, answers, generate, text_stream
 
 HELP = """/reset          forget what was said; the system message stays
 /undo           forget the last question and its answer
@@ -162,7 +162,7 @@ def ask(voices: list[Voice], config: GenerateConfig) -> None:
         return
     for voice in voices:
         prompt = Reply(voice, config.system, [], config.prompt, 0, config).prompt
-        for n, (text, _) in enumerate(answers(voice, [prompt] * config.samples, range(config.samples), config), start=1):
+        for n, (text, _) in enumerate(answers(*voice[1:], [prompt] * config.samples, config, range(config.samples)), start=1):
             print(f"--- {f'{voice.name}, ' if len(voices) > 1 else ''}{n} of {config.samples}\n{text}")
 
 
@@ -215,18 +215,6 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A file of prompts
-
-
-def answers(voice: Voice, prompts: list[list[int]], streams, sampling: Sampling) -> list[tuple[str, int]]:
-    """The (text, number of tokens) of the answer to each prompt, made together; streams names each one's random numbers."""
-    stop, finished = (*voice.template.stop, *sampling.stop), set()
-    said: list[list[int]] = [[] for _ in prompts]
-    stop_tokens = (voice.tokenizer.eos_id,)
-    for i, token in generate_batch(voice.model, prompts, sampling, stop_tokens=stop_tokens, streams=streams, finished=finished):
-        said[i].append(token)
-        if stop and any(word in voice.tokenizer.decode(said[i]) for word in stop):
-            finished.add(i)
-    return [("".join(text_stream(voice.tokenizer, ids, stop)).strip(), len(ids)) for ids in said]
 
 
 def prompt_of(record, *names) -> tuple[str, list[dict]]:
@@ -286,9 +274,8 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
             voice = jobs[done][0]
             batch = [job for job in jobs[done : done + config.batch_size] if job[0] is voice]
             streams = [job["sample"] for _, _, job in batch]
-            for (_, _, job), (text, count) in zip(
-                batch, answers(voice, [ids for _, ids, _ in batch], streams, config), strict=True
-            ):
+            replies = answers(*voice[1:], [ids for _, ids, _ in batch], config, streams)
+            for (_, _, job), (text, count) in zip(batch, replies, strict=True):
                 job["messages"] = [*job["messages"], {"role": "assistant", "content": text}]
                 file.write(json.dumps(job, ensure_ascii=False).encode() + b"\n")
                 tokens += count

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import memory
 from memory import GPUS, Block, CachingAllocator, Tracker, find_gpu, formula, predict, simulated, timeline, watch
 from model import PRESETS, ModelConfig
-from train import Rehearsal, TrainConfig
+from sizing.rehearsal import Rehearsal
+from train import TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SIZES = ModelConfig(dim=64, n_layers=9, n_heads=4, n_kv_heads=2, hidden_dim=120, vocab_size=96)

@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,13 +18,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.staging import DefaultStager
 
 import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
-from generate import GenerateConfig, load
+from generate import GenerateConfig, Sampling, answer, load
 from lora import load_adapter
-from model import from_hf, load_model, save_hf, save_meta
+from model import from_hf, load_model, read_config, save_hf, save_meta
+from running import checkpoint as checkpoint_script
+from running import folder as folder_script
+from running.checkpoint import checkpoints
+from running.exam import Exam
+from running.reading import read_data
+from sizing.rehearsal import Memory, copied
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -246,11 +257,12 @@ def test_generate_finds_the_base_and_the_adapter_of_a_lora_run(base):
     assert all(torch.equal(own[name], weight) for name, weight in state["weights"].items())
 
 
-def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
+@pytest.mark.parametrize("background", [False, True])
+def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch, background):
     told = iter([5.0, 4.0, 3.0, 3.5, 6.0])  # the held-out loss after steps 0, 2, 4, 6, 8
     # The prediction of memory rehearses an evaluation as well, of rows of its own.
     monkeypatch.setattr(train_script, "evaluate", lambda _, rows, *__: next(told) if isinstance(rows, PackedBatches) else 0.0)
-    run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, max_steps=8, load_best_model_at_end=True)
+    run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, max_steps=8, load_best_model_at_end=True, async_save=background)
     best = saved(base / "run" / "best")
     assert best["step"] == 4 and best["best"] == 3.0
     model = load_adapter(load_model(base / "base"), base / "run", partial(from_hf, config=load_model(base / "base").config))
@@ -260,13 +272,42 @@ def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch):
     assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
 
 
+def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
+    words = "ferry nine dark Mira lives Oakford clocks mends returns leaves".split()
+    records = [{"prompt": " ".join(words[: 1 + i % 7]) + "?", "response": " ".join(words[: i % 9 + 1])} for i in range(45)]
+    (base / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for row, exact in ((64, False), (512, True), (4096, True)):
+        config = complete(
+            flags(
+                base, eval_data=[str(base / "held.jsonl")], exact_match=exact, samples=9, model_max_length=row, template="plain"
+            )
+        )
+        data, model = read_data(config, lambda _: None), load_model(base / "base")
+        exam = Exam(config, data, model, Workers(torch.device("cpu")))
+        sizes = [len(group) for group in exam.groups(exam.asked)]
+        assert sizes == [1] * 9 if row == 64 else sum(sizes) == 45 and max(sizes) > 4
+        replies = exam.ask()
+        for dialog, reply in zip(exam.asked, replies, strict=True):
+            limit = len(data.tokenizer.encode(dialog[-1]["content"])) + 8 if exact else 128
+            alone = "".join(answer(model, data.tokenizer, data.template, dialog[:-1], Sampling(max_new_tokens=limit)))
+            assert reply == alone.strip()
+        assert len(set(replies)) > 5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Exactness: resuming, and more than one process
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base, method):
-    more = {"method": method, "max_steps": 16, "lora_dropout": 0.1, "eval_data": [str(base / "held.jsonl")], "eval_steps": 3}
+@pytest.mark.parametrize(("method", "background"), [("lora", False), ("full", False), ("full", True)])
+def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base, method, background):
+    more = {
+        "method": method,
+        "async_save": background,
+        "max_steps": 16,
+        "lora_dropout": 0.1,
+        "eval_data": [str(base / "held.jsonl")],
+        "eval_steps": 3,
+    }
     whole = run(base, "whole", **more)
     with subprocess.Popen(command(base, "killed", **more), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 100
@@ -281,13 +322,81 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base
     assert (base / "killed" / name).read_bytes() == (base / "whole" / name).read_bytes()
 
 
+def test_the_run_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_its_step(base, monkeypatch):
+    """The save after step 2 waits for step 4 to begin; if the run waited for the save, neither would go on."""
+    whole = run(base, "whole", save_total_limit=0)
+    begun, late, steps, write = threading.Event(), [], [], checkpoint_script.write_checkpoint
+    step = train_script.training_step
+
+    def counted(*given):
+        if any(isinstance(x, FakeTensor) for x in given[4][0].values()):  # the rehearsal for memory
+            return step(*given)
+        steps.append(1)
+        if len(steps) == 4:
+            begun.set()
+        return step(*given)
+
+    def held_up(folder, *given):
+        if folder.name == "checkpoint-2":
+            late.append(begun.wait(60))
+        write(folder, *given)
+
+    monkeypatch.setattr(train_script, "training_step", counted)
+    monkeypatch.setattr(checkpoint_script, "write_checkpoint", held_up)
+    assert run(base, async_save=True, save_total_limit=0) == whole
+    assert late == [True]
+    for saved_by in checkpoints(base / "whole"):
+        other, one = saved(base / "run" / saved_by.name), saved(saved_by)
+        assert one["step"] == other["step"] and without_times(one["rows"]) == without_times(other["rows"])
+        assert all(torch.equal(weight, other["weights"][name]) for name, weight in one["weights"].items())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_copy_for_background_saves_takes_the_memory_that_was_predicted(base, method, capsys, monkeypatch):
+    staged, stage = [], DefaultStager.stage
+    monkeypatch.setattr(DefaultStager, "stage", lambda *given: staged.append(stage(*given)) or staged[-1])
+    run(base, method=method, async_save=True, max_steps=2)
+    assert "GB of the host's, a copy from which checkpoints are written" in capsys.readouterr().out
+    took = sum(x.nbytes for name, x in staged[-1].items() if not name.endswith(".step"))
+    config = complete(flags(base, method=method, dtype="fp32"))
+    assert took == copied(config, read_config(base / "base"), None) > 0
+    addresses = [{name: x.data_ptr() for name, x in copy.items() if name.startswith("weights.")} for copy in staged]
+    assert len(addresses) == 2 and addresses[0] == addresses[1]  # the room of the first copy serves all
+
+
+def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
+    """A folder that is written once more is renamed out of the way, then the new one to its name. Killed in between, there was
+    neither: the old one, still whole, was even removed by the next save before that had written anything."""
+    folder, alone = tmp_path / "best", Workers(torch.device("cpu"))
+
+    def save(text):
+        with checkpoint_script.written_whole(folder, alone) as temporary:
+            (temporary / "state.json").write_text(text)
+
+    save("first")
+    child = os.fork()
+    if child == 0:
+        rename = Path.rename
+        Path.rename = lambda path, to: rename(path, to) if to.suffix == ".tmp" else os.kill(os.getpid(), signal.SIGKILL)
+        save("second")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not folder.exists() and len(list(tmp_path.glob("best*.tmp"))) == 2
+    harmed = tmp_path / "best.old.tmp"
+    shutil.copytree(tmp_path, tmp_path.with_name("read"))
+    with pytest.raises(RunError, match=r"best/state\.json cannot be read"):  # it is found, and then not what train.py writes
+        checkpoint_script.read_state(tmp_path.with_name("read") / "best", torch.nn.Linear(1, 1))
+    with pytest.raises(RunError, match="No space left"), checkpoint_script.written_whole(folder, alone):
+        raise OSError("No space left")
+    assert (folder / "state.json").read_text() == "first" and not harmed.exists()
+
+
 def test_the_checkpoint_before_the_first_step_resumes_too(base):
     """Found by killing: that checkpoint knew nothing of an optimizer, and a run killed before its second one could not go on;
     later, that it could, but was evaluated once more, so that the log had two rows of step 0."""
     whole = run(base, save_total_limit=0, eval_data=[str(base / "held.jsonl")])
-    for checkpoint in train_script.checkpoints(base / "run")[1:]:
+    for checkpoint in checkpoints(base / "run")[1:]:
         subprocess.run(["rm", "-r", str(checkpoint)], check=True)
-    assert [path.name for path in train_script.checkpoints(base / "run")] == ["checkpoint-0"]
+    assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0"]
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
     assert resumed == whole == log_of(base / "run")
 
@@ -453,9 +562,10 @@ def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
     assert result.returncode != 0 and "has 3 rows, which 2 processes cannot share" in result.stderr
 
 
-def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_losses_to_the_bit(base):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_losses_to_the_bit(base, background):
     """torchrun's store keeps the addresses of the dead: once, restarted processes dialled those, and were refused or hung."""
-    more = {"fsdp": True, "method": "full", "max_steps": 30, "save_steps": 3, "learning_rate": 1e-3}
+    more = {"fsdp": True, "method": "full", "max_steps": 30, "save_steps": 3, "learning_rate": 1e-3, "async_save": background}
     whole = together(base, "whole", 2, **more)
     words = command(base, "killed", launcher=torchrun(2, "--max-restarts=3"), **more)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -481,14 +591,14 @@ def wait_for(path, process):
 NAN_ON_RANK_1 = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import model, train
+import model, sizing.rehearsal, train
 forward, calls = model.Llama.forward, []
 def spoiled(self, *args, **kwargs):
     loss = forward(self, *args, **kwargs)
     calls.append(1)
     return loss * float("nan") if len(calls) == 3 and os.environ["RANK"] == "1" else loss
 model.Llama.forward = spoiled
-train.Memory.predict = lambda self: setattr(self, "line", None) or ""
+sizing.rehearsal.Memory.predict = lambda self: setattr(self, "line", None) or ""
 train.main()
 """
 
@@ -617,12 +727,13 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(base):
     with pytest.raises(RunError, match=r"the (loss|gradient) is (nan|inf) in step \d+.*; the last checkpoint stands"):
         run(base, learning_rate=1e18, save_steps=1, warmup_ratio=0.0, max_grad_norm=0.0, max_steps=20)
-    newest = train_script.checkpoints(base / "run")[-1]
+    newest = checkpoints(base / "run")[-1]
     assert saved(newest)["step"] >= 1
     assert not (base / "run" / "adapter_model.safetensors").exists()
 
 
-def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(base):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(base, background):
     """The limit on a file's size stands for the full disk: the system refuses to write past it, in the middle of the file."""
     run(base, max_steps=8, save_steps=4)
     before = {path: path.read_bytes() for path in (base / "run" / "checkpoint-4").iterdir()}
@@ -633,7 +744,7 @@ def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(bas
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     words = [sys.executable, "-c", program, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")]
-    result = in_a_process(words)
+    result = in_a_process([*words, "--async_save", str(background)])
     assert result.returncode == 2
     assert result.stderr.startswith("train.py: could not write") and result.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in (base / "run" / "checkpoint-4").iterdir()} == before
@@ -642,25 +753,36 @@ def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(bas
     assert losses(resumed)[-1] == losses(log_of(base / "run"))[-1]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_that_fails_in_the_background_stops_the_run_at_its_next_step(base, processes):
+    """Long before the next save, and the checkpoint before it stands."""
+    more = {"max_steps": 10**6, "logging_steps": 1, "save_steps": 4, "async_save": True, "fsdp": processes > 1, "samples": 0}
+    result = in_a_process(spoiled(base, NO_ROOM_AT_STEP_8, processes, **more))
+    assert result.returncode != 0
+    assert re.search(r"train.py: could not write .*/checkpoint-8, and .*; what was there stands: No space left", result.stderr)
+    assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0", "checkpoint-4"]
+    assert log_of(base / "run")[-1]["step"] == 10 and saved(base / "run" / "checkpoint-4")["step"] == 4
+
+
 @pytest.mark.parametrize(("method", "writer"), [("lora", "save_adapter"), ("full", "save_hf")])
 def test_a_final_save_that_reads_back_otherwise_is_not_put_in_place(base, method, writer, monkeypatch):
-    original = getattr(train_script, writer)
+    original = getattr(folder_script, writer)
 
     def damaged(model, folder, *args, **options):
         original(model, folder, *args, **options)
         path = next(folder.glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
 
-    monkeypatch.setattr(train_script, writer, damaged)
+    monkeypatch.setattr(folder_script, writer, damaged)
     with pytest.raises(RunError, match="is not what was written: is the disk sound"):
         run(base, method=method, max_steps=2)
     assert not list((base / "run").glob("*.safetensors")) and (base / "run" / "checkpoint-2").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number):
+@pytest.mark.parametrize(("number", "background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
+def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number, background):
     whole = losses(run(base, "whole", max_steps=40, save_steps=0))
-    words = command(base, max_steps=40, save_steps=30)
+    words = command(base, max_steps=40, save_steps=30, async_save=background)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 100
         while not (base / "run" / "checkpoint-0").exists() and time.monotonic() < deadline:
@@ -669,7 +791,7 @@ def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number):
         _, message = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "stopped after step" in message and "is saved: --resume" in message and "Traceback" not in message
-    stopped = int(train_script.checkpoints(base / "run")[-1].name.split("-")[1])
+    stopped = int(checkpoints(base / "run")[-1].name.split("-")[1])
     assert 0 < stopped < 40
     assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == whole
 
@@ -685,10 +807,30 @@ def test_torchrun_asked_to_stop_lets_all_ranks_save(base, number):
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
         _, message = process.communicate(timeout=60)
     assert "stopped after step" in message and "is saved: --resume" in message
-    assert 0 < int(train_script.checkpoints(base / "run")[-1].name.split("-")[1]) < 60
+    assert 0 < int(checkpoints(base / "run")[-1].name.split("-")[1]) < 60
     result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")])
     assert result.returncode == 0, result.stderr
     assert losses(log_of(base / "run")) == losses(together(base, "whole", 2, **more))
+
+
+NO_ROOM_AT_STEP_8 = """
+import os, sys, threading, time
+sys.path.insert(0, sys.argv.pop(1))
+import running.checkpoint, train
+write_text, log_step, fails = running.checkpoint.write_text, train.Log.step, threading.Event()
+def failing(path, text):
+    if path.parent.name == "checkpoint-8.tmp":
+        fails.set()
+        raise OSError("No space left")
+    write_text(path, text)
+def slow(self, step, *told, **row):
+    log_step(self, step, *told, **row)
+    if step == 10 and self.workers.first:
+        fails.wait(60)
+        time.sleep(1)
+running.checkpoint.write_text, train.Log.step = failing, slow
+train.main()
+"""
 
 
 RANK_1_FAILS = """
@@ -709,12 +851,12 @@ def test_one_rank_that_fails_ends_all_with_its_message(base):
     assert "train.py: rank 1: the disk of the second node is gone" in result.stderr
 
 
-def spoiled(base, program, **more) -> list[str]:
+def spoiled(base, program, processes=2, **more) -> list[str]:
     """The command of a run of two processes by a program that imports train.py and changes something in it."""
     (base / "spoiled.py").write_text(program)
     return [
         word
-        for w in command(base, launcher=torchrun(2), **more)
+        for w in command(base, launcher=torchrun(processes) if processes > 1 else (sys.executable,), **more)
         for word in ((str(base / "spoiled.py"), str(REPOSITORY)) if w == str(REPOSITORY / "train.py") else (w,))
     ]
 
@@ -733,7 +875,7 @@ def test_a_disk_that_turns_read_only_in_a_run_gives_one_sentence_and_loses_nothi
     assert result.returncode == 2, result.stderr
     said = result.stderr.splitlines()[-1]
     assert said.startswith("train.py: could not write") and "what was there stands" in said and "Read-only" in said
-    stopped = int(train_script.checkpoints(folder)[-1].name.split("-")[1])
+    stopped = int(checkpoints(folder)[-1].name.split("-")[1])
     assert 4 <= stopped < 400
     state = saved(folder / f"checkpoint-{stopped}")
     assert state["step"] == stopped and all(weight.isfinite().all() for weight in state["weights"].values())
@@ -876,6 +1018,6 @@ def test_running_out_of_memory_is_explained(base, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_script, "training_step", out_of_memory)
-    monkeypatch.setattr(train_script.Memory, "predict", lambda self: setattr(self, "line", None) or "")
+    monkeypatch.setattr(Memory, "predict", lambda self: setattr(self, "line", None) or "")
     with pytest.raises(RunError, match=r"out of memory: .* was predicted, most of it .*\n.*--gradient_checkpointing"):
         run(base)

@@ -7,6 +7,9 @@
 A folder is written beside its place and renamed when all of it is on the disk. A rename happens or does not: a machine that dies
 in the middle leaves a folder whose name ends in .tmp, which nobody reads, and the checkpoint before. What a disk has changed
 since is found by the checksums, and refused by name.
+
+Writing takes a disk's time, and a run need not wait for it. With --async_save it waits only until what is to be saved has been
+copied, so that its next step may change the original; a thread then writes the copy. At most one save is on its way.
 """
 
 import contextlib
@@ -15,6 +18,8 @@ import os
 import shutil
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,11 +29,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from running.settings import RunError
 
-class RunError(ValueError):
-    """A run that cannot start, go on, or be saved."""
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is told that it is one
 
 
 @contextlib.contextmanager
@@ -36,9 +42,10 @@ def written_whole(folder: Path, workers):
     """A new folder for all ranks to write into, which gets its name when everything is on the disk. If that fails it is gone:
     RunError."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
-    first = workers.rank == 0
+    first = workers.first
     try:
         if first:
+            put_back(folder)
             for left_over in (temporary, old):
                 shutil.rmtree(left_over, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -66,6 +73,14 @@ def written_whole(folder: Path, workers):
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a kill between the two renames of `written_whole` leaves: the folder under another name than its own."""
+    old = folder.with_name(folder.name + ".old.tmp")
+    with contextlib.suppress(FileNotFoundError):  # another rank was faster
+        if old.exists() and not folder.exists():
+            old.rename(folder)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -111,15 +126,13 @@ def tensors_of(model: nn.Module, optimizer=None) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_checkpoint(folder: Path, model: nn.Module, optimizer, workers, **about) -> None:
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], about: dict, workers) -> None:
     """Write the shards of all ranks (torch.distributed.checkpoint, which any number of processes can read again), and last
-    state.json: the step, the log so far, and the checksum of every file."""
+    state.json: `about`, and the checksum of every file."""
     with written_whole(folder, workers) as temporary:
-        tensors = tensors_of(model, optimizer)
         storage = FileSystemWriter(temporary, sync_files=True)
-        with warnings.catch_warnings(action="ignore"):  # of a single process being a single process
-            dcp.save(tensors, storage_writer=storage, no_dist=workers.world == 1)
-        if workers.rank == 0:
+        dcp.save(tensors, storage_writer=storage, process_group=workers.group, no_dist=workers.world == 1)
+        if workers.first:
             sums = {path.name: checksum(path) for path in temporary.iterdir()}
             shapes = {name: list(x.shape) for name, x in tensors.items() if name.startswith("weights.")}
             write_text(temporary / "state.json", json.dumps({"format": FORMAT, "shapes": shapes, "files": sums} | about))
@@ -136,6 +149,7 @@ def checksum(path: Path) -> int:
 
 def read_state(folder: Path, model: nn.Module) -> dict:
     """A checkpoint's state.json, once all that the folder holds is found as it was written and for this model."""
+    put_back(folder)
     remedy = "without its folder, --resume takes the checkpoint before it"
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -152,7 +166,7 @@ def read_state(folder: Path, model: nn.Module) -> dict:
         raise RunError(f"{folder / 'state.json'} cannot be read ({error}); {remedy}") from None
     if state["shapes"] != {f"weights.{name}": list(x.shape) for name, x in trained_weights(model).items()}:
         raise RunError(f"{folder} holds other weights than this run trains")
-    return state
+    return {name: value for name, value in state.items() if name not in ("format", "shapes", "files")}
 
 
 def make_state(model: nn.Module, optimizer) -> None:
@@ -171,5 +185,93 @@ def restore(folder: Path, model: nn.Module, optimizer, workers) -> None:
     tensors, reader = tensors_of(model, optimizer), FileSystemReader(folder)
     if tensors.keys() - reader.read_metadata().state_dict_metadata.keys():
         raise RunError(f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp as before")
-    with warnings.catch_warnings(action="ignore"):
-        dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
+    dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
+
+
+class Saver:
+    """What a run saves on its way: checkpoint-STEP to go on from, of which the newest few are kept, and the `best` weights.
+
+    As a context it ends when nothing is on its way any more. What befell a save in the background is raised by the next one, or
+    there; `failed` tells sooner."""
+
+    def __init__(self, config, model: nn.Module, optimizer, scaler, workers):
+        self.folder, self.resume, self.keep = Path(config.output_dir), config.resume, config.save_total_limit
+        self.model, self.optimizer, self.scaler, self.workers = model, optimizer, scaler, workers
+        self.state = self.writing = self.thread = None
+        if config.async_save:
+            cuda = workers.device.type == "cuda"
+            # Pinned memory is faster to copy into; it is kept for the next copies.
+            how = StagingOptions(cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
+            self.stager, self.workers = DefaultStager(how), workers.beside()
+            begin = partial(torch.cuda.set_device, workers.device) if cuda else None  # a new thread would begin on GPU 0
+            self.thread = ThreadPoolExecutor(1, initializer=begin)
+
+    def found(self) -> dict | None:
+        """With --resume the state of the newest checkpoint, if there is one: the step, the log so far, ..."""
+        for newest in checkpoints(self.folder)[-1:] if self.resume else []:
+            self.state = read_state(newest, self.model)
+        return self.state
+
+    def restore(self) -> None:
+        """Give weights, optimizer and scaler what stands in the checkpoint that was found."""
+        if self.state:
+            step = self.state["step"]
+            restore(self.folder / f"checkpoint-{step}", self.model, self.optimizer if step else None, self.workers)
+            self.scaler.load_state_dict(self.state["scaler"])
+            self.workers.say(f"resumed after step {step}")
+
+    def rehearse(self, state: dict) -> None:
+        """Save before the first step, in full size: what cannot be saved is found out now, not after two days."""
+        make_state(self.model, self.optimizer)
+        self.save(state)
+        self.wait()
+        self.optimizer.state.clear()
+
+    def save(self, state: dict) -> None:
+        """A checkpoint, and when it is whole the oldest is removed."""
+        self._write(self.folder / f"checkpoint-{state['step']}", state, self.optimizer, self.keep)
+
+    def save_best(self, state: dict) -> None:
+        self._write(self.folder / "best", state)
+
+    def _write(self, folder: Path, state: dict, optimizer=None, keep: int = 0) -> None:
+        self.wait()
+        tensors = tensors_of(self.model, optimizer)
+        if self.thread:
+            tensors = self.stager.stage(tensors)
+        about = state | {"rows": list(state["rows"]), "scaler": self.scaler.state_dict()}
+
+        def write():
+            write_checkpoint(folder, tensors, about, self.workers)
+            for old in checkpoints(self.folder)[:-keep] if keep and self.workers.first else []:
+                shutil.rmtree(old)
+
+        if self.thread:
+            self.writing = self.thread.submit(write)
+        else:
+            write()
+
+    @property
+    def failed(self) -> bool:
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def wait(self) -> None:
+        """Return when the save on its way is whole. Raises what befell it, RunError for a full disk."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.thread:
+            self.thread.shutdown()  # waits
+        if kind is None:  # or else the run ends for another reason, which is the one to be told
+            self.wait()
+
+    def load_best(self) -> None:
+        best = read_state(self.folder / "best", self.model)
+        restore(self.folder / "best", self.model, None, self.workers)
+        about = f"their held-out loss of {best['best']:.4f} is the lowest"
+        self.workers.say(f"the weights of step {best['step']} are taken: {about}")

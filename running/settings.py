@@ -1,0 +1,114 @@
+"""The settings of a run: which go together, and which a resumed run takes from the one that was interrupted.
+
+A mistake found here costs a second, and gets one sentence; the same mistake found after the weights are read costs minutes."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from data import with_tuples
+
+
+class RunError(ValueError):
+    """A run that cannot start, go on, or be saved."""
+
+
+def check(config) -> None:
+    """Raise RunError for a train.TrainConfig with a value out of range, or with two that exclude each other."""
+    counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
+    not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed hsdp"
+    for names, ok, need in (
+        (counts, lambda x: x >= 1, "at least 1"),
+        (not_negative, lambda x: x >= 0, "0 or more"),
+        ("lora_dropout eval_split warmup_ratio adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        ("num_train_epochs adam_epsilon lora_alpha", lambda x: x > 0, "above 0"),
+        ("learning_rate", lambda x: x is None or x >= 0, "0 or more"),
+    ):
+        for name in names.split():
+            if not ok(getattr(config, name)):
+                raise RunError(f"--{name} must be {need}, not {getattr(config, name)}")
+    c, full, in_backward = config, config.method == "full", config.optimizer_in_backward
+    for wrong, sentence in (
+        (
+            c.pure_bf16 and (not full or c.optim != "adamw_8bit" or c.dtype not in ("auto", "bf16")),
+            "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
+            "weights would overflow",
+        ),
+        (c.cpu_offload and not c.fsdp, "--cpu_offload is a part of --fsdp True"),
+        (c.hsdp and not c.fsdp, "--hsdp is a part of --fsdp True"),
+        (
+            in_backward and (c.gradient_accumulation_steps > 1 or c.max_grad_norm or c.dtype == "fp16"),
+            "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "
+            "--gradient_accumulation_steps 1 and no fp16",
+        ),
+        (c.method == "qlora" and c.quantize != "nf4", f"--method qlora is lora with --quantize nf4, not {c.quantize}"),
+        (
+            full and c.quantize != "none",
+            f"--quantize {c.quantize} freezes the weights and --method full trains them: use lora",
+        ),
+        (
+            len({Path(path).stem for path in c.eval_data}) < len(c.eval_data),
+            "--eval_data names two files alike, and the log could not tell their losses apart: rename one",
+        ),
+        (c.eval_data and c.eval_split, "--eval_data and --eval_split both name what is held out: give one"),
+        (c.resume and c.overwrite, "--resume goes on with a run and --overwrite replaces it: give one"),
+        (
+            c.load_best_model_at_end and not (c.eval_data or c.eval_split),
+            "--load_best_model_at_end needs held-out data to judge by: --eval_data or --eval_split",
+        ),
+    ):
+        if wrong:
+            raise RunError(sentence)
+
+
+# What may differ when a run is resumed: nothing that changes the losses.
+FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
+FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}
+
+
+def completed(given: dict, defaults) -> dict:
+    """What is not said by the flags given: with --resume what the run was started with, without --data the embedded default's
+    held-out questions. defaults: the class train.TrainConfig.
+
+    Paths become absolute, so that run.json means the same wherever it is read."""
+    given = with_tuples(given)
+    for name in {"model", "tokenizer"} & given.keys():
+        given[name] = os.path.abspath(given[name])
+    if (given.get("template") or "").endswith(".json"):
+        given["template"] = os.path.abspath(given["template"])
+    for name in {"data", "eval_data"} & given.keys():
+        given[name] = tuple(map(os.path.abspath, given[name]))
+    folder = Path(given.get("output_dir") or f"runs/{given.get('method', defaults.method)}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "run.json").exists():
+        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}  # --max-restarts
+    if given.get("resume"):
+        saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
+        for name, value in given.items():
+            if name not in FREE_TO_CHANGE and value != saved[name]:
+                raise RunError(
+                    f"--{name} {value}: the run in {folder} was started with {saved[name]}, and a resumed run is the same run"
+                )
+        given = saved | given
+    elif "data" not in given and given.get("model", defaults.model) != defaults.model:
+        raise RunError(f"--model {given['model']} needs --data, the records to train it on")
+    elif not {"data", "eval_split"} & given.keys():
+        # The embedded default brings held-out questions, and as a control questions that nobody can answer.
+        tiny = Path(defaults.model)
+        given = {"eval_data": (str(tiny / "held_out.jsonl"), str(tiny / "never_told.jsonl")), "exact_match": True} | given
+    if given.get("method") == "qlora":
+        given = {"quantize": "nf4"} | given
+    return given | {"output_dir": str(folder)}
+
+
+def read_run(folder: Path, names: set[str]) -> dict:
+    """The settings in a run's run.json, which are those of these names."""
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:
+        raise RunError(f"nothing to resume: {folder} holds no run (--output_dir names its folder)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / 'run.json'} is not what train.py writes: {error}") from None
+    if differ := settings.keys() ^ names - {"resume", "overwrite"}:
+        raise RunError(f"{folder} was begun by another version of train.py, which differs in {', '.join(sorted(differ))}")
+    return settings

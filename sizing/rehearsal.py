@@ -1,0 +1,132 @@
+"""train.py watched: the run that memory.py predicts by rehearsing it, and what train.py says of its own memory."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+import train
+from generate import DTYPES
+from memory import GPU, Tracker, explain_out_of_memory, formula, predict
+from model import Llama, ModelConfig
+from running.checkpoint import trained_weights
+from running.reading import Data
+from running.workers import Workers, whole
+
+
+@dataclass
+class Rehearsal:
+    """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
+    one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
+
+    config: train.TrainConfig
+    sizes: ModelConfig
+    device: torch.device
+    for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
+    supervised: int | None = None  # positions with a label, if that is known
+    processes: int = 1
+
+    def __post_init__(self):
+        tokens = self.config.per_device_train_batch_size * self.config.model_max_length
+        row = torch.zeros(tokens, dtype=torch.int64)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
+
+    def connect(self):
+        self.workers = Workers(self.device, self.processes)
+        self.shard = train.sharding(self.config, self.device, self.workers)
+
+    def build(self):
+        """(model, optimizer), and with them what `step` and `evaluate` need."""
+        self.model = train.build(self.config, self.device, self.sizes, self.shard)
+        dtype = train.computed_in(self.config, self.device)
+        if self.for_gpu and self.config.attention == "sdpa" and dtype != torch.float32:
+            for layer in self.model.layers:
+                layer.attention.method = "varlen"
+        self.optimizer = train.make_optimizer(self.config, self.model)
+        self.scaler, self.autocast = train.precision(self.config, self.device)
+        self.parallel = train.in_parallel(self.config, self.model, self.workers)
+        self.model.train()
+        return self.model, self.optimizer
+
+    def step(self):
+        rows = [self.row] * self.config.gradient_accumulation_steps
+        train.training_step(self.config, self.parallel, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
+
+    def evaluate(self):
+        train.evaluate(self.model, self, self.workers, self.autocast)
+
+    def save(self):
+        for weight in trained_weights(self.model).values():  # as save_final compares what it wrote
+            whole(weight).to(train.computed_in(self.config, self.device))
+
+    def __len__(self):  # the one row that evaluate() asks for, as of a PackedBatches
+        return 1
+
+    def batch(self, epoch: int, index: int):
+        return self.row
+
+
+def copied(config: train.TrainConfig, sizes: ModelConfig, gpu: GPU | None, processes: int = 1) -> int:
+    """Bytes of the host's memory that --async_save takes in each process: weights that are trained and their moments, again."""
+    terms = formula(sizes, dataclasses.replace(config, cpu_offload=False), gpu, processes)
+    return terms["weights" if config.method == "full" else "adapters"][1] + terms["optimizer state"][1]
+
+
+class Memory:
+    """What memory.py says of this run: the peak predicted before it, measured in it, and why it ran out, if it did.
+
+    On a GPU the allocator's own count is the measure; on a CPU the first two steps are run inside a tracker."""
+
+    def __init__(self, config: train.TrainConfig, sizes: ModelConfig, data: Data, workers: Workers):
+        device = workers.device
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == train.computed_in(config, device))
+        self.config, self.sizes, self.workers = dataclasses.replace(config, dtype=dtype, compile=False), sizes, workers
+        self.gpu = GPU.here(device) if device.type == "cuda" else None
+        self.counted, self.line = Tracker(), None
+        self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in data.batches.rows))
+
+    def predict(self) -> str:
+        """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
+        if self.config.hsdp:  # its groups cannot be made up beside the real ones
+            return "memory: not predicted here for groups of shards; memory.py with the same flags predicts it"
+        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised, self.workers.world)
+        try:
+            self.line = predict(run, self.gpu)
+        except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
+            return f"memory: not predicted, {str(error).splitlines()[0]}"
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
+        if self.gpu:
+            needed = self.line.reserved + self.gpu.context
+            text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
+            if needed > self.gpu.memory:
+                text += f"\nwarning: that does not fit: {self.explained()}"
+        if self.config.async_save:
+            copy = copied(self.config, self.sizes, self.gpu, self.workers.world) / 1e9
+            text += f"\nmemory: and {copy:.3f} GB of the host's, a copy from which checkpoints are written"
+        return text
+
+    def watched(self, turn: int, model: Llama, optimizer, micro_batches):
+        """What to run a step in: in the first two turns on a CPU the tracker, told of what is there already."""
+        if turn > 2 or self.workers.world > 1 or self.workers.device.type != "cpu":
+            return contextlib.nullcontext()
+        states = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+        for tensor in chain(model.parameters(), states, *(batch.values() for batch in micro_batches)):
+            self.counted.watch(tensor)
+        return self.counted
+
+    def measured(self) -> str:
+        measured, how = self.counted.peak, "counted in the first two steps"
+        if self.gpu:
+            measured, how = torch.cuda.max_memory_allocated(), f"measured ({torch.cuda.max_memory_reserved() / 1e9:.3f} reserved)"
+        if not measured or not self.line:
+            return ""
+        error = self.line.peak / measured - 1
+        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
+
+    def explained(self, ran_out: bool = False) -> str:
+        in_use, peak = None, self.line.peak if self.line else None
+        if ran_out:
+            in_use = torch.cuda.max_memory_allocated() if self.gpu else self.counted.live
+        return explain_out_of_memory(self.sizes, self.config, self.gpu, self.workers.world, peak, in_use)
