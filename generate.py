@@ -29,9 +29,10 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags, with_tuples
-from lora import LoRAError, load_adapter, merge_lora
-from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
+from data import DataError, Template, Tokenizer, encode_dialog, load_template
+from helping.flags import parse_flags, with_tuples
+from lora import LoRAError, load_adapter
+from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config
 from quant import QUANTIZERS, CPULinear, order_for_cpu
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -358,32 +359,8 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
     return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
 
 
-@torch.inference_mode()
-def save_merged(model: Llama, tokenizer: Tokenizer, folder: Path) -> float:
-    """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
-
-    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
-    quantised = any(hasattr(module, "dequantized") for module in model.modules())
-    tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
-    before = model(tokens).float()
-    merge_lora(model)
-    if quantised:
-        model.to(torch.bfloat16)
-    difference = (model(tokens).float() - before).abs().max().item()
-    save_folder(model, tokenizer, folder)
-    return difference
-
-
-def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    save_hf(model, temporary)
-    tokenizer.save(temporary, model.config.max_seq_len)
-    temporary.rename(folder)
-
-
 def main():
-    from talking import chat  # here, as it imports this file
+    from talking import chat, merge  # here, as they import this file
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
@@ -395,10 +372,10 @@ def main():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
         voices = load_voices(config)
         if config.merge:
-            difference = save_merged(*voices[-1][1:3], Path(config.merge))
+            difference = merge.save_merged(voices[-1], Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
         elif config.save:
-            save_folder(*voices[-1][1:3], Path(config.save))
+            merge.save_folder(voices[-1], Path(config.save))
             print(f"saved in {config.save}")
         else:
             do(voices, config)
