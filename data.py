@@ -368,7 +368,7 @@ def main():
     words = sys.argv[1:]
     flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     try:
-        given = parse_flags(DataConfig, "python data.py show|stats|prepare FILE... [--flag value ...]", words[flags:])
+        given = parse_flags(DataConfig, __doc__, words[flags:])
         if flags < 2 or words[0] not in commands:
             raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
         config = DataConfig(**with_tuples(given))

@@ -364,7 +364,7 @@ def main():
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
-        given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
+        given = parse_flags(GenerateConfig, __doc__)
         config = GenerateConfig(**with_tuples(given))
         do = chat.pick(config)
         for flag in ("merge", "save"):

@@ -1087,11 +1087,7 @@ def begin_folder(config, folder: Path, rows, template_name: str, peak: float, to
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        train(
-            complete(
-                parse_flags(TrainConfig, "Fine-tune Llama 2: full, LoRA or QLoRA, on a CPU, a GPU, or several with torchrun.")
-            )
-        )
+        train(complete(parse_flags(TrainConfig, __doc__)))
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if rank:
             time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one
