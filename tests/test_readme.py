@@ -42,6 +42,7 @@ RULES = {
     r"^torchrun --nn?\w* ": "TOGETHER",  # two processes here, whatever number it names, or two nodes of one
     r"^python generate\.py .*--web": "PAGE",
     r"^(torchrun|python) (train|generate|data|memory)\.py": "HERE",
+    r"^python -m pytest exercises/": "RED",  # what a reader is to turn green
     r"^(vllm serve|python llama\.cpp/|llama\.cpp/)": "ELSEWHERE",  # other projects' programs: README says what was tried
 }
 RULE = {command: next((how for rule, how in RULES.items() if re.search(rule, command)), None) for command in COMMANDS}
@@ -145,6 +146,12 @@ def test_a_command_runs(command, workshop, monkeypatch, capsys):
         assert flag not in ("--out", "--merge", "--save", "--plot") or Path(file).exists()
     if words[0] == "train.py":
         check_settings(words, workshop / "out")
+
+
+@run_as("RED")
+def test_an_exercise_is_found_and_red(command):
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed" in done.stdout
 
 
 @pytest.mark.live
@@ -269,9 +276,8 @@ def figures_of_7b() -> dict[str, str]:
 
 @pytest.mark.parametrize(("words", "figure"), figures_of_7b().items())
 def test_what_is_said_of_7b_is_so(words, figure):
-    said = "\n".join(
-        path.read_text() for path in (REPOSITORY / "README.md", *REPOSITORY.glob("*.py"), *REPOSITORY.glob("*ing/*.py"))
-    )
+    places = (file for file in REPOSITORY.glob("*/*.py") if file.parent.name not in ("tests", "benchmarks", "exercises"))
+    said = "\n".join(file.read_text() for file in (REPOSITORY / "README.md", *REPOSITORY.glob("*.py"), *places))
     assert {*re.findall(re.escape(words).replace(r"\{\}", r"([\d.,]*\d)"), said)} == {figure}
 
 
