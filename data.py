@@ -333,22 +333,22 @@ class DataConfig:
     system: str | None = None  # the field or column with a system message
     template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
     tokenizer: str = str(Path(__file__).resolve().parent / "tiny" / "tokenizer.model")  # SentencePiece file
-    model_max_length: int = 512  # longest document in tokens: show and stats mark what is cut, prepare removes it
-    seed: int = 42  # draws the order, the split, the copies
+    model_max_length: int = 512  # longest document in tokens, as in train.py: show and stats mark what is cut, prepare removes it
+    seed: int = 42  # draws the order, the split, the copies: the same seed writes the same file
     # show
     n: int = 3  # records shown
     # stats
-    plot: str | None = None  # a PNG of the lengths
+    plot: str | None = None  # a PNG of the lengths (needs matplotlib)
     # prepare
     out: str | None = None  # the JSONL file to write; with --split also FILE.validation.jsonl
     stages: tuple[str, ...] = STAGES  # those that are on; select, split and against also need their own flag
-    min_tokens: int = 0  # length: shorter records go
-    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common
-    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared
+    min_tokens: int = 0  # length: shorter records go; 0: none
+    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common; at 0.95 one in 40 may differ
+    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared: all that is said, or the replies alone
     against: tuple[str, ...] = ()  # files of evaluation records: what shares 13 words in a row with one goes
     select: int = 0  # so many records are kept; 0: all
-    select_by: Literal["longest", "diverse"] = "longest"  # by their replies
-    split: float = 0.0  # share held out for validation
+    select_by: Literal["longest", "diverse"] = "longest"  # which: the longest, or the most unlike each other, by their replies
+    split: float = 0.0  # share held out for validation; 0: none
     overwrite: bool = False  # replace the file that --out names
 
     def __post_init__(self):

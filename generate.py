@@ -42,12 +42,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Sampling:
     # How tokens are chosen
-    max_new_tokens: int = 256  # the answer is cut here if no end token came
-    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
+    max_new_tokens: int = 256  # the answer is cut here, after some 200 words, if no end token came
+    temperature: float = 0.0  # 0: always the likeliest token, the same each time; 1: as the model predicts; above: wilder
     top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
-    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
-    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely
+    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability; 1: all, 0.9 is usual
+    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest; 0: all, 0.05 is usual
+    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely; its authors took 1.2
     seed: int = 0  # the same seed gives the same answer
     stop: tuple[str, ...] = ()  # the answer ends before the first of these texts, as well as those of the template
 
@@ -86,7 +86,7 @@ class GenerateConfig(Sampling):
     system: str | None = None  # a system message before it
     prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
     out: str | None = None  # the JSONL file for the answers to --prompts, which goes on where it ends; or for --latency's figures
-    batch_size: int = 8  # so many prompts of the file are answered together
+    batch_size: int = 8  # so many prompts of the file are answered together: more are faster, while memory lasts
     samples: int = 1  # answers to each prompt, with other random numbers each
     web: bool = False  # a chat in the browser
     port: int = 7860  # of the page

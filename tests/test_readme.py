@@ -155,6 +155,7 @@ def test_an_exercise_is_found_and_red(command):
 
 
 @pytest.mark.live
+@pytest.mark.skipif(find_spec("transformers") is None, reason="minutes: for CI's long part, which has requirements-extra.txt")
 @run_as("TOGETHER")
 def test_a_command_for_several_gpus_runs_in_two_processes(command, workshop):
     """A process for a GPU, on the cores of this machine; two nodes are two addresses of it, with a process each."""
