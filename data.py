@@ -17,36 +17,28 @@ padded to their longest record waste half of the work or more on real data, wher
     python data.py stats mine.jsonl         lengths, shares, duplicates, how full the rows will be
     python data.py prepare mine.jsonl --out train.jsonl --split 0.02          what preparing/stages.py does
 
-As the file about what a user hands in, it also holds `parse_flags`, the one way every script here reads its command line.
+How a record is recognised by its fields is in preparing/records.py, the kinds of file in preparing/readers.py.
 """
 
-import argparse
-import dataclasses
-import difflib
-import inspect
 import json
-import re
 import sys
-import types
-import typing
-import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
 
+from helping.flags import parse_flags, with_tuples
+from preparing.readers import DataError, own_template
+from preparing.records import copies, parse_input, read_dialogs, read_records  # noqa: F401 - what reads data finds all here
+
 IGNORE = -100  # the label of a token that is read but not learned; the value cross_entropy skips
 PAD_ID = 0  # fills the tail of a row: Llama 2's <unk>, never the end token, and never learned
-
-
-class DataError(ValueError):
-    """A file of records, a tokenizer or a template that cannot be used."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,12 +132,11 @@ def load_template(name: str) -> tuple[Template, str]:
         return TEMPLATES[name], name
     if not name.startswith("{") and not name.endswith(".json"):
         raise DataError(f"unknown template {name!r}: known are {', '.join(TEMPLATES)}, or a JSON file of your own")
-    from preparing.readers import own_template  # here, as it imports this file
+    fields, text = own_template(name)
+    return Template(**fields), text
 
-    return own_template(name)
 
-
-class Piece(typing.NamedTuple):
+class Piece(NamedTuple):
     """What is tokenised in one go."""
 
     text: str
@@ -195,177 +186,6 @@ def _joined(pieces: list[Piece], encoded: list[list[int]], tokenizer: Tokenizer,
         ids += tokens
         labels += tokens if piece.reply or train_on_inputs else [IGNORE] * len(tokens)
     return ids, labels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-
-
-class Record(typing.NamedTuple):
-    dialog: list[dict]
-    kind: str  # the template that records with these fields are written for
-    origin: str  # file and line; or, of a prepared record, where it was before
-
-
-def parse_input(given: str) -> tuple[Path, float]:
-    """(path, weight) of a file as it is named on the command line: a.jsonl, or a.jsonl:2 to see its records twice as often.
-    A name of a dataset, a file that is not there or one of an unknown kind is refused before anything is read."""
-    from preparing.readers import reader_of  # here, as it imports this file
-
-    path, weight = Path(given), 1.0
-    if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
-        path, weight = Path(weighted[1]), float(weighted[2])
-    if weight == 0:
-        raise DataError(f"{given}: a weight is above 0")
-    reader_of(path)
-    return path, weight
-
-
-def copies(weight: float, number: int, seed: int) -> int:
-    """How often record `number` of a file is seen: 2 or 3 times for a weight of 2.5, by chance, always alike for a seed."""
-    part = weight % 1
-    return int(weight) + bool(part and np.random.default_rng((seed, number)).random() < part)
-
-
-def read_dialogs(path, source: str | None = None, target: str | None = None, system: str | None = None):
-    """Yield the dialogs of a file, in order. Raises DataError with the file, the line and the reason for the first bad record."""
-    for record in read_records(path, source, target, system):
-        yield record.dialog
-
-
-def read_records(path, source: str | None = None, target: str | None = None, system: str | None = None, refuse=None, parse=None):
-    """Yield the Records of a JSONL, JSON, CSV, parquet or text file, in order; all but JSON are streamed, .gz is unpacked.
-
-    A record is recognised by its fields (dialog_of lists them). `source` and `target` name two other fields for prompt and
-    reply, `system` a third for a system message. A .txt file is raw text, a document a paragraph.
-    parse, if given, makes the dialog in the place of dialog_of.
-    A bad record raises DataError with file, place and reason; or, if `refuse` is given, it is called with these and reading
-    goes on. A file that cannot be read to its end raises in any case."""
-    from preparing.readers import reader_of
-
-    path = Path(path)
-    reader = reader_of(path)
-    if (source is None) != (target is None):
-        raise DataError("--source and --target name two fields together: give both or neither")
-    if system is not None and source is None:
-        raise DataError("--system names the field of a system message beside --source and --target: give these too")
-    empty = True
-    try:
-        for where, found in reader(path):
-            empty = False
-            try:
-                kind, dialog = (parse or dialog_of)(found, source, target, system)
-                for message in dialog:
-                    "".join(message.values()).encode()  # JSON can spell half a character (\ud83d), which no tokenizer takes
-            except (DataError, UnicodeEncodeError) as error:
-                if isinstance(error, UnicodeEncodeError):
-                    error = f"holds half a character, {error.object[error.start]!a}"
-                if refuse is None:
-                    raise DataError(f"{path}, {where}: {error}") from None
-                refuse(f"{path}, {where}: {error}")
-                continue
-            origin = found.get("provenance")
-            origin = origin if isinstance(origin, str) else f"{path.name}, {where}"
-            yield Record(dialog, kind, origin.encode(errors="replace").decode())
-    except (OSError, EOFError, zlib.error) as error:  # gzip's own errors have no strerror
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if empty:
-        raise DataError(f"{path} holds no record")
-
-
-# Conversations written out as one text: human_bot's markers count at the beginning of a line only, guanaco's anywhere. Such a
-# file cannot say whether a marker is its own or a user's; the other schemas can, and `prepare` writes `messages`.
-_FLAT = {"guanaco": re.compile(r"### (Human|Assistant):"), "human_bot": re.compile(r"^<(human|bot)>:", re.M)}
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "system": "system"}
-
-
-PAIRS = (  # template, prompt, reply, a system message if there is one, an input if there is one
-    ("functions", "userPrompt", "assistantResponse", ("functionList", "systemPrompt"), None),
-    ("plain", "alpaca_prompt", "response", (), None),  # open-instruct: the prompt is written out already
-    ("alpaca", "instruction", "output", (), "input"),  # Alpaca, Open-Platypus
-    ("alpaca", "question", "answer", (), "references"),
-    ("llama2", "question", "response", ("system_prompt",), None),  # OpenOrca
-    ("llama2", "prompt", "response", (), None),
-)
-
-
-def dialog_of(record, source: str | None, target: str | None, system: str | None) -> tuple[str, list[dict]]:
-    """(kind, dialog) of a record, by its fields."""
-    if isinstance(record, DataError):
-        raise record
-    if not isinstance(record, dict):
-        raise DataError(f"expected a record with named fields, found {type(record).__name__}")
-
-    def text(field):
-        if not isinstance(record.get(field), str):
-            found = "nothing" if record.get(field) is None else type(record[field]).__name__
-            raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {', '.join(map(str, record))}")
-        return record[field]
-
-    def pair(prompt, reply, before=None, **more):
-        first = [{"role": "system", "content": text(before)}] if before and record.get(before) else []
-        return [*first, {"role": "user", "content": text(prompt), **more}, {"role": "assistant", "content": text(reply)}]
-
-    if source is not None:
-        if system is not None:
-            text(system)
-        return "llama2", pair(source, target, system)
-    if "messages" in record:  # no_robots, and what `prepare` writes
-        kind = record.get("kind")
-        return kind if isinstance(kind, str) and kind in TEMPLATES else "llama2", _checked_messages(record["messages"])
-    for field in ("conversations", "items"):  # ShareGPT, openchat_sharegpt4
-        if field in record:
-            turns = record[field]
-            if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-                turns = [{"role": _ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
-            return "llama2", _checked_messages(turns, field)
-    if "instances" in record:  # Alpaca's seed tasks
-        one = record["instances"]
-        if not isinstance(one, list) or len(one) != 1 or not isinstance(one[0], dict):
-            raise DataError("field 'instances' should hold a list of one {input, output} and does not")
-        record = record | one[0]
-    if isinstance(record.get("references"), list):  # webglm-qa: its answers cite [1], [2], ...
-        if not all(isinstance(reference, str) for reference in record["references"]):
-            raise DataError("field 'references' should hold a list of texts and does not")
-        record = record | {"references": "\n\n".join(f"[{i}] {r}" for i, r in enumerate(record["references"], start=1))}
-    for kind, prompt, reply, before, extra in PAIRS:
-        if prompt in record and reply in record:
-            more = {"input": text(extra)} if record.get(extra) else {}
-            return kind, pair(prompt, reply, next((field for field in before if record.get(field)), None), **more)
-    for field in ("text", "input"):
-        for kind, marker in _FLAT.items() if isinstance(record.get(field), str) else ():
-            parts = marker.split(record[field].strip())
-            if len(parts) > 1 and not parts[0]:  # openassistant-guanaco, h2ogpt-oig-oasst1: ["", role, content, role, ...]
-                roles = [_ROLES[role.lower()] for role in parts[1::2]]
-                turns = [{"role": r, "content": c.strip()} for r, c in zip(roles, parts[2::2], strict=True)]
-                if len(turns) > 1 and turns[-1] == {"role": "user", "content": ""}:
-                    del turns[-1]  # "<human>:" at the end only says that the reply is over
-                return kind, _checked_messages(turns, field)
-    if "text" in record:
-        return "text", [{"role": "text", "content": text("text")}]
-    raise DataError(
-        f"no known fields among {', '.join(map(str, record)) or '(none)'}: known are messages; instruction, input, output; "
-        "prompt, response; text; or name two with --source and --target (README.md lists all)"
-    )
-
-
-def _checked_messages(messages, field: str = "messages") -> list[dict]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"field {field!r} should hold a list of messages and does not")
-    expected = ("system", "user")
-    for i, message in enumerate(messages, start=1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in expected:
-            raise DataError(f"message {i} has the role {role!a}, expected {' or '.join(expected)}")
-        if not isinstance(content, str):
-            raise DataError(f"message {i} should hold text in 'content' and holds {type(content).__name__}")
-        expected = ("assistant",) if role == "user" else ("user",)
-    if messages[-1]["role"] == "system":
-        raise DataError("a system message alone is no conversation")
-    return [
-        {"role": m["role"], "content": m["content"]} | ({"input": m["input"]} if isinstance(m.get("input"), str) else {})
-        for m in messages
-    ]
 
 
 def choose_template(kinds, asked: str | None) -> tuple[Template, str, str]:
@@ -499,58 +319,7 @@ class PackedBatches:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def parse_flags(config_class, description: str, argv: list[str] | None = None) -> dict:
-    """The flags given on the command line, {name: value}, for a dataclass whose fields are the flags.
-
-    The comment at the end of a field's line is its help; a comment on a line of its own opens a group. A flag or value that
-    does not exist ends the program with code 2 and the known ones."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (--help lists every flag)\n")
-    kinds = typing.get_type_hints(config_class)
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    group = parser
-    classes = [kind for kind in config_class.__mro__ if dataclasses.is_dataclass(kind)]  # its own fields, then those it inherits
-    for line in "".join(map(inspect.getsource, classes)).splitlines():
-        if title := re.match(r"    # (.+)", line):
-            group = parser.add_argument_group(title[1])
-        elif (flag := re.match(r"    (\w+): [^#]*(?:# (.*))?", line)) and flag[1] in kinds:
-            name, text = flag[1], (flag[2] or "").replace("%", "%%")
-            if defaults[name] not in (None, (), dataclasses.MISSING):
-                shown = " ".join(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
-                text += f" [{shown}]"
-            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **_flag_kind(kinds[name]))
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in defaults], n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
-    return vars(given)
-
-
-def with_tuples(settings: dict) -> dict:
-    """argparse and JSON know lists only; a frozen dataclass holds tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
-def _flag_kind(kind) -> dict:
-    """argparse's options for a field of this type: bool, int, float, str, Literal choices, a tuple of strings, or X | None."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": typing.get_args(kind)}
-    if typing.get_origin(kind) is tuple:
-        return {"nargs": "+", "action": "extend", "metavar": "NAME", "type": str}  # --adapter a b, or --adapter a --adapter b
-    if kind is bool:  # --resume, --resume True and --resume False
-        return {"nargs": "?", "const": True, "metavar": "True|False", "type": _true_or_false}
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-
-
-def _true_or_false(text: str) -> bool:
-    if text not in ("True", "False", "true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
+# The program
 
 
 STAGES = ("clean", "length", "quality", "against", "dedup", "select", "split", "mix")
@@ -564,22 +333,22 @@ class DataConfig:
     system: str | None = None  # the field or column with a system message
     template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
     tokenizer: str = str(Path(__file__).resolve().parent / "tiny" / "tokenizer.model")  # SentencePiece file
-    model_max_length: int = 512  # longest document in tokens: show and stats mark what is cut, prepare removes it
-    seed: int = 42  # draws the order, the split, the copies
+    model_max_length: int = 512  # longest document in tokens, as in train.py: show and stats mark what is cut, prepare removes it
+    seed: int = 42  # draws the order, the split, the copies: the same seed writes the same file
     # show
     n: int = 3  # records shown
     # stats
-    plot: str | None = None  # a PNG of the lengths
+    plot: str | None = None  # a PNG of the lengths (needs matplotlib)
     # prepare
     out: str | None = None  # the JSONL file to write; with --split also FILE.validation.jsonl
     stages: tuple[str, ...] = STAGES  # those that are on; select, split and against also need their own flag
-    min_tokens: int = 0  # length: shorter records go
-    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common
-    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared
+    min_tokens: int = 0  # length: shorter records go; 0: none
+    near: float = 0.95  # dedup, split: share of the words that near-duplicates have in common; at 0.95 one in 40 may differ
+    dedup_on: Literal["whole", "reply"] = "whole"  # what is compared: all that is said, or the replies alone
     against: tuple[str, ...] = ()  # files of evaluation records: what shares 13 words in a row with one goes
     select: int = 0  # so many records are kept; 0: all
-    select_by: Literal["longest", "diverse"] = "longest"  # by their replies
-    split: float = 0.0  # share held out for validation
+    select_by: Literal["longest", "diverse"] = "longest"  # which: the longest, or the most unlike each other, by their replies
+    split: float = 0.0  # share held out for validation; 0: none
     overwrite: bool = False  # replace the file that --out names
 
     def __post_init__(self):
@@ -599,7 +368,7 @@ def main():
     words = sys.argv[1:]
     flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     try:
-        given = parse_flags(DataConfig, "python data.py show|stats|prepare FILE... [--flag value ...]", words[flags:])
+        given = parse_flags(DataConfig, __doc__, words[flags:])
         if flags < 2 or words[0] not in commands:
             raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
         config = DataConfig(**with_tuples(given))

@@ -29,9 +29,10 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from data import DataError, Template, Tokenizer, encode_dialog, load_template, parse_flags, with_tuples
-from lora import LoRAError, load_adapter, merge_lora
-from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config, save_hf
+from data import DataError, Template, Tokenizer, encode_dialog, load_template
+from helping.flags import parse_flags, with_tuples
+from lora import LoRAError, load_adapter
+from model import CheckpointError, KVCache, Llama, from_hf, load_model, read_config
 from quant import QUANTIZERS
 from talking.cpu import CPULinear, order_for_cpu
 
@@ -42,12 +43,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Sampling:
     # How tokens are chosen
-    max_new_tokens: int = 256  # the answer is cut here if no end token came
-    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model predicts; above: more surprising
+    max_new_tokens: int = 256  # the answer is cut here, after some 200 words, if no end token came
+    temperature: float = 0.0  # 0: always the likeliest token, the same each time; 1: as the model predicts; above: wilder
     top_k: int = 0  # choose among the k likeliest tokens only; 0: among all
-    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
-    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely
+    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability; 1: all, 0.9 is usual
+    min_p: float = 0.0  # choose among tokens at least this many times as likely as the likeliest; 0: all, 0.05 is usual
+    repetition_penalty: float = 1.0  # above 1: tokens that have been there already become less likely; its authors took 1.2
     seed: int = 0  # the same seed gives the same answer
     stop: tuple[str, ...] = ()  # the answer ends before the first of these texts, as well as those of the template
 
@@ -86,7 +87,7 @@ class GenerateConfig(Sampling):
     system: str | None = None  # a system message before it
     prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
     out: str | None = None  # the JSONL file for the answers to --prompts, which goes on where it ends; or for --latency's figures
-    batch_size: int = 8  # so many prompts of the file are answered together
+    batch_size: int = 8  # so many prompts of the file are answered together: more are faster, while memory lasts
     samples: int = 1  # answers to each prompt, with other random numbers each
     web: bool = False  # a chat in the browser
     port: int = 7860  # of the page
@@ -374,36 +375,12 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
     return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
 
 
-@torch.inference_mode()
-def save_merged(model: Llama, tokenizer: Tokenizer, folder: Path) -> float:
-    """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
-
-    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
-    quantised = any(hasattr(module, "dequantized") for module in model.modules())
-    tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
-    before = model(tokens).float()
-    merge_lora(model)
-    if quantised:
-        model.to(torch.bfloat16)
-    difference = (model(tokens).float() - before).abs().max().item()
-    save_folder(model, tokenizer, folder)
-    return difference
-
-
-def save_folder(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    save_hf(model, temporary)
-    tokenizer.save(temporary, model.config.max_seq_len)
-    temporary.rename(folder)
-
-
 def main():
-    from talking import chat  # here, as it imports this file
+    from talking import chat, merge  # here, as they import this file
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
-        given = parse_flags(GenerateConfig, "Talk to a model, before or after fine-tuning.")
+        given = parse_flags(GenerateConfig, __doc__)
         config = GenerateConfig(**with_tuples(given))
         do = chat.pick(config)
         for flag in ("merge", "save"):
@@ -411,10 +388,10 @@ def main():
                 raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
         voices = load_voices(config)
         if config.merge:
-            difference = save_merged(*voices[-1][1:3], Path(config.merge))
+            difference = merge.save_merged(voices[-1], Path(config.merge))
             print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
         elif config.save:
-            save_folder(*voices[-1][1:3], Path(config.save))
+            merge.save_folder(voices[-1], Path(config.save))
             print(f"saved in {config.save}")
         else:
             do(voices, config)

@@ -5,7 +5,7 @@ Full fine-tuning learns a whole new matrix W + dW. LoRA freezes W and learns dW 
     y = W x + (alpha / r) B A x        A (r, in) random, B (out, r) zero, so training starts at exactly W
 
 For one 4096 x 4096 matrix of Llama 2 7B and rank 8 that is 2 x 8 x 4096 = 65,536 trained numbers instead of 16.8 million.
-What it saves is memory: gradients and AdamW's two moments (12 bytes a trained weight in fp32, 80 GB for 7B) shrink to almost
+What it saves is memory: gradients and AdamW's two moments (12 bytes a trained weight in fp32, 81 GB for 7B) shrink to almost
 nothing. What it costs: the two thin products, about 2 x r x (in + out) FLOPs a token and layer. The frozen W still takes part
 in every forward and backward pass; only its gradient is never made.
 

@@ -874,7 +874,7 @@ def main():
     parser = own_flags()
     mine, rest = parser.parse_known_args()
     if {"-h", "--help"} & set(rest):
-        print(parser.format_help())
+        print(__doc__ + parser.format_help())
     from sizing.pages import answer  # here, as it imports this file
 
     try:

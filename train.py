@@ -39,8 +39,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from data import IGNORE, PAD_ID, DataError, PackedBatches, parse_flags
+from data import IGNORE, PAD_ID, DataError, PackedBatches
 from generate import TINY, pick_device, pick_dtype
+from helping.flags import parse_flags
 from lora import LoRAError, add_lora
 from model import CheckpointError, Llama, ModelConfig, load_model, random_model, read_config
 from quant import QUANTIZERS, AdamW8bit, NF4Linear
@@ -424,7 +425,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        train(complete(parse_flags(TrainConfig, "Fine-tune Llama 2: full, LoRA or QLoRA, on a CPU, a GPU, or several of them.")))
+        train(complete(parse_flags(TrainConfig, __doc__)))
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if rank:
             time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one

@@ -8,17 +8,9 @@ from itertools import chain, islice
 
 import numpy as np
 
-from data import (
-    IGNORE,
-    DataConfig,
-    DataError,
-    Template,
-    Tokenizer,
-    choose_template,
-    encode_dialog,
-    pack,
-    read_records,
-)
+from data import IGNORE, DataConfig, Template, Tokenizer, choose_template, encode_dialog, pack
+from preparing.readers import DataError
+from preparing.records import read_records
 
 
 def read_all(config: DataConfig, paths, refuse=None):

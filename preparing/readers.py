@@ -1,7 +1,7 @@
 """Readers: the kinds of file that records come in, and where the datasets that have a name are found.
 
 A reader yields (place, record), streaming in all kinds but JSON; where only one line is wrong, it yields a DataError in place of
-the record. What a record's fields mean is data.py's part. A template of one's own is read here too.
+the record. What a record's fields mean is preparing/records.py's part. A template of one's own is read here too.
 """
 
 import csv
@@ -10,7 +10,10 @@ import json
 from itertools import chain
 from pathlib import Path
 
-from data import DataError, Template
+
+class DataError(ValueError):
+    """A file of records, a tokenizer or a template that cannot be used."""
+
 
 # Where the named datasets are, and which file of each to take.
 _HUB = "https://huggingface.co/datasets/"
@@ -131,8 +134,8 @@ def _txt_records(path: Path):
             paragraph = []
 
 
-def own_template(name: str) -> tuple[Template, str]:
-    """A template from a JSON file, or from the JSON itself, and that JSON. It is proved by writing marks with it.
+def own_template(name: str) -> tuple[dict, str]:
+    """The fields of a template from a JSON file, or from the JSON itself, and that JSON. It is proved by writing marks with it.
 
     {"user": "Q: {system}{user}\\nA:", "assistant": "{assistant}\\n", "stop": ["Q:"]}"""
     where = "--template" if name.startswith("{") else name
@@ -159,4 +162,4 @@ def own_template(name: str) -> tuple[Template, str]:
             raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
     if "system" in given and "{system}" not in given["user"]:
         raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
-    return Template(**given | {"stop": tuple(stop)}), json.dumps(given, ensure_ascii=False)
+    return given | {"stop": tuple(stop)}, json.dumps(given, ensure_ascii=False)

@@ -28,22 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    STAGES,
-    DataConfig,
-    DataError,
-    Record,
-    Tokenizer,
-    choose_template,
-    copies,
-    dialog_of,
-    encode_dialog,
-    load_template,
-    parse_input,
-    read_records,
-)
+from data import STAGES, DataConfig, Tokenizer, choose_template, encode_dialog, load_template
 from preparing.cache import content_key
 from preparing.pages import read_all, text_of
+from preparing.readers import DataError
+from preparing.records import Record, copies, dialog_of, parse_input, read_records
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")  # where words have no spaces between them, a character is a word
 

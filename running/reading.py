@@ -12,20 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    DataError,
-    PackedBatches,
-    Template,
-    Tokenizer,
-    choose_template,
-    copies,
-    encode_documents,
-    load_template,
-    parse_input,
-    read_records,
-)
+from data import DataError, PackedBatches, Template, Tokenizer, choose_template, encode_documents, load_template
 from preparing.cache import cache_folder, once
 from preparing.readers import reader_of
+from preparing.records import copies, parse_input, read_records
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from data import with_tuples
+from helping.flags import with_tuples
 
 
 class RunError(ValueError):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 import train
-from data import parse_flags, with_tuples
+from helping.flags import parse_flags, with_tuples
 from memory import (
     GPU,
     GPUS,

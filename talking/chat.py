@@ -14,8 +14,9 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from data import DataError, dialog_of, encode_dialog, read_records
+from data import DataError, encode_dialog
 from generate import GenerateConfig, Sampling, Voice, answers, generate, text_stream
+from preparing.records import dialog_of, read_records
 
 HELP = """/reset          forget what was said; the system message stays
 /undo           forget the last question and its answer

@@ -26,17 +26,15 @@ from data import (
     PackedBatches,
     Tokenizer,
     choose_template,
-    copies,
     encode_dialog,
     encode_documents,
     load_template,
-    parse_flags,
-    parse_input,
     read_dialogs,
-    read_records,
     write_dialog,
 )
+from helping.flags import parse_flags
 from preparing.cache import cache_folder
+from preparing.records import KINDS, copies, parse_input, read_records
 
 try:
     from hypothesis import HealthCheck, given, settings
@@ -597,6 +595,10 @@ def test_a_name_of_a_dataset_says_what_to_download_from_where_and_what_to_pass(t
         parse_input("dolphin:2")
     (tmp_path / "no_robots.csv").write_text("")
     assert parse_input("no_robots.csv") == (Path("no_robots.csv"), 1)
+
+
+def test_every_kind_of_record_has_its_template_and_every_template_a_kind():
+    assert {*TEMPLATES} == KINDS
 
 
 def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeypatch):

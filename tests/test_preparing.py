@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import data
-from data import DataError, read_dialogs, read_records
+from data import DataError, read_dialogs
 from preparing.pages import text_of
+from preparing.records import read_records
 from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
 from train import TrainConfig, read_data
 

@@ -1,0 +1,37 @@
+"""What `generate.py --merge` and `--save` write: a folder that is a whole model, for whoever has no adapters.
+
+An adapter is W + (alpha / r) B A kept in two parts; merging does the sum once and forgets the parts. Asked the same, the merged
+model gives the same logits but for rounding, and how much that was is measured and said."""
+
+from pathlib import Path
+
+import torch
+
+from generate import Voice
+from lora import merge_lora
+from model import save_hf
+
+
+@torch.inference_mode()
+def save_merged(voice: Voice, folder: Path) -> float:
+    """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
+
+    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
+    model = voice.model
+    quantised = any(hasattr(module, "dequantized") for module in model.modules())
+    tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
+    before = model(tokens).float()
+    merge_lora(model)
+    if quantised:
+        model.to(torch.bfloat16)
+    difference = (model(tokens).float() - before).abs().max().item()
+    save_folder(voice, folder)
+    return difference
+
+
+def save_folder(voice: Voice, folder: Path) -> None:
+    """Write a Hugging Face model and its tokenizer into a new folder, which gets its name when it is whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    save_hf(voice.model, temporary)
+    voice.tokenizer.save(temporary, voice.model.config.max_seq_len)
+    temporary.rename(folder)
