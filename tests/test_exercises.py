@@ -24,12 +24,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
 
 
-def window(plain=model.causal_mask):
-    def causal_mask(new, seen, device, window=None):
-        mask = plain(new, seen, device)
-        return mask if window is None else mask & mask.new_ones(mask.shape).triu(seen - new - window + 1)
+def window(plain=model.attention_over_keys):
+    def attention_over_keys(q, k, v, method, window=None):
+        if window is None:
+            return plain(q, k, v, method)
+        (heads, new, _), (kv_heads, seen, _) = q.shape, k.shape
+        mask = torch.ones(new, seen, dtype=torch.bool).tril(seen - new).triu(seen - new - window + 1)
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+        return model.textbook_attention(q, k, v, mask)
 
-    return model, "causal_mask", causal_mask
+    return model, "attention_over_keys", attention_over_keys
 
 
 def positions(plain=model.rope_table):
