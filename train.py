@@ -66,9 +66,9 @@ class TrainConfig:
     compile: bool = False  # fuse each block's small operations into kernels made for it: a slow first step, then faster ones
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
     # LoRA
-    lora_rank: int = 8  # r: the rank of each correction
-    lora_alpha: float = 16.0  # the correction is scaled by alpha / r
-    lora_dropout: float = 0.0  # share of the adapter's inputs zeroed in training
+    lora_rank: int = 8  # r: the rank of each correction; LoRA's section 7.2 finds that small ones are enough
+    lora_alpha: float = 16.0  # the correction is scaled by alpha / r; twice the rank is usual
+    lora_dropout: float = 0.0  # share of the adapter's inputs zeroed in training; 0.1 is usual where there are few records
     lora_targets: tuple[str, ...] = ("all-linear",)  # names such as wq wv output, or all-linear: every linear of the blocks
     use_rslora: bool = False  # scale by alpha / sqrt(r) instead, for large ranks
     # Data
@@ -78,7 +78,7 @@ class TrainConfig:
     system: str | None = None  # the field or column with a system message
     template: str | None = None  # how a dialog is written out: a name or a JSON file; by the records' fields if not given
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model in the model's folder if not given
-    model_max_length: int = 512  # longest document in tokens
+    model_max_length: int = 512  # longest document in tokens; activations grow with it, and memory.py says how much
     too_long: Literal["cut", "drop"] = "cut"  # what to do with a longer one
     train_on_inputs: bool = False  # learn the prompts as well as the replies
     eval_data: tuple[str, ...] = ()  # files of held-out records; the first one's loss decides which step was best
@@ -86,20 +86,20 @@ class TrainConfig:
     exact_match: bool = False  # count how many held-out records are answered word for word, before and after
     samples: int = 5  # held-out prompts answered before and after, in samples.md
     # Optimization
-    num_train_epochs: float = 3.0  # times each document is seen
+    num_train_epochs: float = 3.0  # times each document is seen; beyond a few a model learns them by heart
     max_steps: int = 0  # stop after this many steps instead, if above 0
     per_device_train_batch_size: int = 1  # a row, the unit of work, has this many x model_max_length tokens
-    gradient_accumulation_steps: int = 1  # rows summed into one step
+    gradient_accumulation_steps: int = 1  # rows summed into one step: a larger batch in the memory of one row
     learning_rate: float | None = None  # peak; if not given, 2e-4 (lora) or 2e-5 (full) x 4096 / dim
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # how it falls after the warm-up
-    warmup_ratio: float = 0.03  # share of the steps in which it rises from 0
+    warmup_ratio: float = 0.03  # share of the steps in which it rises from 0, while AdamW's moments know little; as in Alpaca
     optim: Literal["adamw", "adamw_8bit"] = "adamw"  # adamw_8bit: moments of 2 bytes a weight instead of 8
     pure_bf16: bool = False  # full: keep no fp32 weights; needs adamw_8bit, which rounds by chance and so loses no small update
-    weight_decay: float = 0.0  # AdamW's pull of every trained matrix towards zero
-    adam_beta1: float = 0.9  # memory of AdamW's mean gradient
-    adam_beta2: float = 0.999  # memory of its mean square
+    weight_decay: float = 0.0  # AdamW's pull of every trained matrix towards zero; in a few epochs it changes little
+    adam_beta1: float = 0.9  # memory of AdamW's mean gradient: 1 / (1 - 0.9) = 10 steps
+    adam_beta2: float = 0.999  # memory of its mean square: 1,000 steps; Llama's pre-training took 0.95, 20 steps
     adam_epsilon: float = 1e-8  # keeps its division finite
-    max_grad_norm: float = 1.0  # longest gradient; 0: never clipped
+    max_grad_norm: float = 1.0  # longest gradient: one odd batch moves the weights no further than others; 0: never clipped
     optimizer_in_backward: bool = False  # step each weight as its gradient is ready and forget that; needs --max_grad_norm 0
     seed: int = 42  # draws the adapters, the order of the data, the dropout
     # Several GPUs (torchrun --nproc_per_node N)
@@ -108,7 +108,7 @@ class TrainConfig:
     hsdp: int = 0  # with fsdp: a whole copy for every so many processes, such as a node's 8, and shards only among these
     # Saving and reporting
     output_dir: str | None = None  # folder of the run; runs/METHOD if not given
-    save_steps: int = 100  # a checkpoint to resume from every so many steps; 0: none
+    save_steps: int = 100  # a checkpoint to resume from every so many steps, the most that can be lost; 0: none
     save_total_limit: int = 2  # checkpoints kept; 0: all
     async_save: bool = False  # go on training while a checkpoint is written, from a copy of it in the host's memory
     logging_steps: int = 10  # a row in log.jsonl every so many steps
