@@ -35,7 +35,7 @@ import torch
 
 from helping.flags import parse_flags, with_tuples
 from preparing.readers import DataError, own_template
-from preparing.records import copies, parse_input, read_dialogs, read_records  # noqa: F401 - what reads data finds all here
+from preparing.records import parse_input, read_dialogs  # noqa: F401  a public door of this file
 
 IGNORE = -100  # the label of a token that is read but not learned; the value cross_entropy skips
 PAD_ID = 0  # fills the tail of a row: Llama 2's <unk>, never the end token, and never learned

@@ -44,8 +44,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        thin = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (T, r)
-        return self.base(x) + F.linear(thin, self.lora_B.to(x.dtype)) * self.scaling
+        thin = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (T, r): the cheap place to scale
+        return self.base(x).addmm_(thin, self.lora_B.to(x.dtype).T)  # added within the product: (T, out) is written once
 
 
 class LoRAEmbedding(nn.Module):

@@ -599,7 +599,7 @@ def letters(sizes, flags, nproc: int = 1) -> dict:
     W, E = sum(out * inn for out, inn in inside.values()), (2 * V + 2 * L + 1) * C
     each = {name: (L if name in inside else 1) * sum(shape) for name, shape in (inside | outer(sizes)).items()}
     N = L * W + E if full else r * sum(each[name] for name in trained(sizes, flags))
-    known = {"T": T, "n": min(T, 512), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
+    known = {"T": T, "n": min(T, 256), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
     small = half and full and (flags.pure_bf16 or flags.fsdp)  # 16 bits in the computation, whatever is kept
     known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
     known["s"] = 2 if half and (small or not full) else 4
@@ -664,7 +664,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         attention = f"T * 4 * C * b + H * T * T * {6 if half else 4} + T * T"
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
-    block = f"T * C * {norms} + {attention} + T * F * {3 + ('w2' in moved)} * b"
+    block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in moved)} * b"
     if not full and (within := moved & inside.keys()):
         block += f" + T * r * {len(within)} * b" + f" + r * {sum(sum(inside[x]) for x in within)} * 2" * half
     copies = " + W * 2" * masters  # of the weights, by autocast
@@ -692,6 +692,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         moments = ["2 * T * F * b" + " + C * F * b" * (not buckets)]  # DDP takes each gradient at once
         if masters and again:
             moments.append("C * F * 4 + T * C * 2")
+            moments.append(f"3 * C * F * 4 + C * F * 2 + T * C * 42 - ({block}{copies})")  # w1's, w2's, w3's
+            moments.append(f"W * 4 + C * C * 2 + T * C * 8 - ({block}{copies})")  # all gradients
         elif half and not buckets:  # all its gradients, its activations gone
             moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
     else:
@@ -699,7 +701,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         if flags.quantize != "none":
             moments += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
     if flags.attention == "textbook":
-        moments.append(f"H * T * T * 4 + T * C * {(4 if gpu else 2) if half else 8}")
+        moments.append(f"H * T * T * 4 + T * C * {(4 if gpu else 2) if half else 8} + T * F * b")
     if again:  # the block once more, without a copy of its input
         moments = [f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)} + {text}" for text in moments]
     term("a block's backward", *moments)
