@@ -82,9 +82,10 @@ def answer(mine, rest: list[str]) -> None:
     if gpu:
         verdict = {"gpu": gpu.name, "capacity": gpu.memory, "needed": need, "fits": need <= gpu.memory}
         verdict["changes"] = [] if verdict["fits"] else advice(sizes, flags, gpu, nproc)
+    copy = {"host_copy": copied(flags, sizes, on, nproc)} if flags.async_save else {}
     if mine.json:
         unknown = dict.fromkeys(("formula", "simulated", "measured"))
-        result = {"model": name, "method": flags.method, "flags": asdict(flags)}
+        result = {"model": name, "method": flags.method, "flags": asdict(flags)} | copy
         result |= {"terms": {x: row for x, row in terms.items() if x not in TOTALS}, "per_layer": layers}
         result |= {"peak": {short: terms.get(x, unknown) for x, short in TOTALS.items()}}
         print(json.dumps(result | {"peak_phase": f"{line.highest.part}, {line.highest.name}", "verdict": verdict}))
@@ -92,8 +93,8 @@ def answer(mine, rest: list[str]) -> None:
         tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
         print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
         show(letters(sizes, flags, nproc), terms, arithmetic, layers, line)
-        if flags.async_save:
-            print(f"\n{copied(flags, sizes, on, nproc) / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
+        if copy:
+            print(f"\n{copy['host_copy'] / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
         if verdict:
             fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
             print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
