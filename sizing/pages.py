@@ -1,6 +1,7 @@
 """What memory.py prints: the breakdown and its picture, what a GPU can do with a model, the most that fits, and the starting
 document's table beside this project's count."""
 
+import argparse
 import json
 from bisect import bisect_right
 from dataclasses import asdict, replace
@@ -9,30 +10,35 @@ import torch
 
 import train
 from data import parse_flags, with_tuples
-from memory import (
-    GPU,
-    GPUS,
-    Timeline,
-    advice,
-    find_gpu,
-    formula,
-    letters,
-    linears,
-    listed,
-    measure,
-    needed,
-    predict,
-    sharded,
-    simulated,
-)
+from memory import Timeline, measure, predict
 from model import PRESETS, read_config
+from sizing.advice import advice, listed, needed, sharded
+from sizing.formula import formula, letters, linears, simulated
+from sizing.gpu import GPU, GPUS, find_gpu
 
 TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
 GENERIC = GPU("a GPU", 0)  # for who names none
 
 
-def answer(mine, rest: list[str]) -> None:
-    """mine: this program's own flags; rest: train.py's. Raises ValueError with one sentence for a user's mistake."""
+def own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memory.py", add_help=False, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"memory.py: {message}\n")
+    parser.add_argument("--gpu", help=f"{' '.join(GPUS)}, or a size such as 80GB")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun, one a GPU")
+    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    parser.add_argument("--plot", metavar="out.png", help="draw the timeline (matplotlib)")
+    parser.add_argument("--solve", choices=["batch", "length", "gpus"], help="the largest, or the fewest, that fit --gpu")
+    parser.add_argument("--measure", action="store_true", help="run it on this machine's GPU as well, with random weights")
+    parser.add_argument("--reproduce", action="store_true", help="the starting document's table, and how it comes down")
+    return parser
+
+
+def answer(words: list[str]) -> None:
+    """words: this program's own flags and train.py's. Raises ValueError with one sentence for a user's mistake."""
+    parser = own_flags()
+    mine, rest = parser.parse_known_args(words)
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
     if mine.reproduce:
         return reproduce()
     given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))

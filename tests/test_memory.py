@@ -15,8 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory
-from memory import GPUS, Block, CachingAllocator, Tracker, find_gpu, formula, predict, simulated, timeline, watch
+from memory import Block, Tracker, predict, timeline, watch
 from model import PRESETS, ModelConfig
+from sizing.advice import needed
+from sizing.formula import KEPT, formula, simulated
+from sizing.gpu import GPUS, CachingAllocator, find_gpu
+from sizing.shards import processes
 from train import Rehearsal, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -230,7 +234,7 @@ def test_the_prediction_of_a_sharded_run_is_the_count_of_a_real_one_on_two_proce
 @pytest.mark.parametrize("name", ["qlora", "full-16-bit"])
 def test_a_deep_sharded_model_follows_from_two_shallow_ones_to_the_byte(name):
     run = rehearsal(SHARDED[name], SIZES, processes=2)
-    with memory.processes(2):
+    with processes(2):
         deep = timeline(watch(run, True).diary)
     assert as_plain(predict(run)) == as_plain(deep)
 
@@ -240,9 +244,9 @@ def test_what_waits_in_the_hosts_memory_is_not_on_the_gpu():
     stays is gone, and in the block at work nothing else has changed."""
     here = predict(rehearsal(FULL | AGAIN | {"fsdp": True, "dtype": "bf16"}, SIZES, processes=2))
     away = predict(rehearsal(FULL | AGAIN | {"fsdp": True, "dtype": "bf16", "cpu_offload": True}, SIZES, processes=2))
-    kept = {kind: max(phase.peak[kind] for phase in here.phases if phase.part != "load") for kind in memory.KEPT}
+    kept = {kind: max(phase.peak[kind] for phase in here.phases if phase.part != "load") for kind in KEPT}
     assert away.host == pytest.approx(sum(kept.values()), rel=0.01)
-    assert not any(phase.peak[kind] for phase in away.phases for kind in memory.KEPT)
+    assert not any(phase.peak[kind] for phase in away.phases for kind in KEPT)
     blocks = [next(p for p in line.phases if (p.part, p.name) == ("second step", "backward 4")) for line in (here, away)]
     gathered, other = ([p.peak[kind] for p in blocks] for kind in ("gathered weights", "temporary"))
     assert gathered[0] == gathered[1] > 0 and other[1] == pytest.approx(other[0], rel=0.01)
@@ -358,8 +362,7 @@ def test_the_largest_batch_fits_and_is_the_largest():
     flags = replace(rehearsal({"dtype": "bf16"}, PRESETS["125m"], 1024).config, per_device_train_batch_size=batch)
     gpu = find_gpu("8GB")
     needs = [
-        memory.needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), gpu)
-        for size in (batch, batch + 1 + batch // 4)
+        needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), gpu) for size in (batch, batch + 1 + batch // 4)
     ]
     assert needs[0] <= gpu.memory < needs[1]
 
