@@ -125,7 +125,7 @@ class Tracker(TorchDispatchMode):
         if result is None:
             result = op(*args, **(kwargs or {}))
         if not op.is_view:  # a view brings no storage of its own
-            away = bool(self.away) and self._away(args)
+            away = bool(self.away) and (self.phase == "optimizer" or self._away(args))  # it works where its weights are
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                     self.watch(tensor, away=away)
@@ -138,10 +138,10 @@ class Tracker(TorchDispatchMode):
         return result
 
     def _away(self, args) -> bool:
-        """Whether all tensors among the arguments, and at least one, are in the host's memory."""
+        """Whether all tensors among the arguments, and at least one, are in the host's memory. (Constants are not counted.)"""
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-        entries = [self._living.get(x.untyped_storage()._cdata) for x in tensors]
-        return bool(entries) and all(entry and entry[1].away for entry in entries)
+        blocks = [entry[1] for x in tensors if (entry := self._living.get(x.untyped_storage()._cdata))]
+        return bool(blocks) and all(block.away for block in blocks)
 
     def _without_numbers(self, op, args):
         """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens (fp64:
@@ -156,8 +156,9 @@ class Tracker(TorchDispatchMode):
         return args[0][: self.supervised].clone()
 
 
-def follow(recorder, model, optimizer) -> None:
-    """Have the phases of every step recorded, layer by layer, and gradients and optimizer state known as such."""
+def follow(recorder, model, optimizer, in_backward: bool = False) -> None:
+    """Have the phases of every step recorded, layer by layer, and gradients and optimizer state known as such. in_backward: the
+    optimizer steps a weight where its gradient is made, in the phases of backward; it has none of its own."""
 
     def mark(name, tensor=None):
         if recorder.phase.startswith("backward"):  # gradient checkpointing computes the block again
@@ -167,12 +168,22 @@ def follow(recorder, model, optimizer) -> None:
         elif tensor.requires_grad:
             tensor.register_hook(lambda gradient: recorder.begin(name))  # called when this gradient is complete
 
+    def graded(weight):
+        if weight.grad is not None:
+            recorder.watch(weight.grad, "gradients")
+
+    def stepping(*_):
+        for weight in trained:
+            graded(weight)
+        if not in_backward:
+            recorder.begin("optimizer")
+
     def stepped(*_):
         for value in tree_leaves([dict(state) for state in optimizer.state.values()]):
             if isinstance(value, torch.Tensor):
                 recorder.watch(value, "optimizer state")
-        recorder.begin("between steps")
 
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     first = {"prepend": True}  # before FSDP gathers the weights, so that this belongs to the phase
     model.register_forward_pre_hook(lambda *_: mark("forward embedding"), **first)
     for i, layer in enumerate(model.layers):
@@ -180,10 +191,9 @@ def follow(recorder, model, optimizer) -> None:
         layer.register_forward_hook(lambda _, args, output, i=i: mark(f"backward {i}", output), **first)
     model.layers[0].register_forward_hook(lambda _, args, output: mark("backward embedding", args[0]), **first)
     model.norm.register_forward_pre_hook(lambda *_: mark("loss"))
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(lambda weight: recorder.watch(weight.grad, "gradients"))
-    optimizer.register_step_pre_hook(lambda *_: recorder.begin("optimizer"))
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(graded)
+    optimizer.register_step_pre_hook(stepping)
     optimizer.register_step_post_hook(stepped)
 
 
@@ -315,15 +325,14 @@ def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
 
 def perform(run, recorder, prepare) -> None:
     """Build the run, then two steps, an evaluation and a save of it. prepare(model): what there is before the first step."""
-    if run.config.optimizer_in_backward:
-        raise RuntimeError("steps inside backward are not simulated; without --optimizer_in_backward it takes no less")
     recorder.part = "load"
     recorder.begin("load")
     model, optimizer = run.build()
     prepare(model)
-    follow(recorder, model, optimizer)
+    follow(recorder, model, optimizer, run.config.optimizer_in_backward)
     for recorder.part in ("first step", "second step"):
         run.step()
+        recorder.begin("between steps")
     for recorder.part, work in (("evaluation", run.evaluate), ("save", run.save)):
         recorder.begin(recorder.part)
         work()

@@ -313,6 +313,8 @@ def in_parallel(config: TrainConfig, model: Llama, workers: "Workers"):
     buckets only."""
     if workers.world == 1 or config.fsdp:
         return model
+    if config.optimizer_in_backward:
+        raise RunError("--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -603,6 +605,8 @@ class Rehearsal:
         self.optimizer = make_optimizer(self.config, self.model)
         self.scaler, self.autocast = precision(self.config, dtype, self.device)
         self.parallel = in_parallel(self.config, self.model, self.workers)
+        if self.config.optimizer_in_backward:
+            step_in_backward(self.model, self.optimizer)
         self.model.train()
         return self.model, self.optimizer
 
@@ -865,10 +869,6 @@ def run(config: TrainConfig, device, workers: Workers, data: Data, dtype: torch.
     scaler, autocast = precision(config, dtype, device)
     parallel = in_parallel(config, model, workers)
     if config.optimizer_in_backward:
-        if parallel is not model:
-            raise RunError(
-                "--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has"
-            )
         step_in_backward(model, optimizer)
     found = checkpoints(folder) if config.resume else []
     state = read_state(found[-1], model) if found else None

@@ -70,6 +70,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     Each term is written once, in `letters` and the names of earlier terms, and Python computes what is printed. Where several
     moments compete, the largest is the term."""
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
+    within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
     C, F, V, L, s = (known[letter] for letter in "CFVLs")
@@ -80,13 +81,23 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         known[re.sub(",|'s", "", name).replace(" ", "_")] = size
         terms[name] = text.replace("_", " ").replace("*", "x"), size
 
+    def work(numbers: int) -> str:
+        """The 8-bit optimizer's: a piece of a weight in fp32, several times."""
+        each = f"({8 if flags.pure_bf16 else 7} * 4 + 8 / 256)"
+        return f"{min(2**24, numbers)} * {each}" if flags.optim == "adamw_8bit" else "0"
+
     # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
     mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
     term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
     twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
-    term("gradients", f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if twice else "N * g")
+    largest = max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in (inside | outer(sizes))[name])
+    if flags.fsdp and full:
+        largest = -(-largest // nproc)
+    one = "2 * V * C / P * " if flags.fsdp and full else f"{largest} * "  # of a time: FSDP reduces what is in no block together
+    term("gradients", one + "g" if within else f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if twice else "N * g")
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
+    term("optimizer's work", work(largest))
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
         term("gathered weights", "3 * G + R", "2 * G + 2 * R")
@@ -125,12 +136,19 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     elif full:
         moments += ["8 * n * V + 2 * V * C * g + n * C * b"]
     moments = [f"{text} + {held}" for text in moments]
+    if full and within and not flags.fsdp:  # the head is stepped
+        moments.append("V * C * g + optimizer_work + T * C * s")
     term("logits and loss", *moments)
 
     # A block's backward: gradients of the feed-forward layer's width, and a weight's gradient or a weight turned back.
     if full:
         moments = ["2 * T * F * b" + " + C * F * b" * (not buckets)]  # DDP takes each gradient at once
-        if masters and again:
+        if within and not flags.fsdp:
+            moments = (
+                ["T * F * b + C * F * b + T * C * b", "C * F * 4"] if masters else ["2 * T * F * b", "T * F * b + C * F * b"]
+            )
+            moments.append(f"C * F * b + {work(C * F)}")
+        elif masters and again:
             moments.append("C * F * 4 + T * C * 2")
         elif half and not buckets:  # all its gradients, its activations gone
             moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
@@ -143,23 +161,17 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if again:  # the block once more, without a copy of its input
         moments = [f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)} + {text}" for text in moments]
     term("a block's backward", *moments)
-    shapes = inside | outer(sizes)
-    largest = min(2**24, max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in shapes[name]))
-    if flags.fsdp:
-        largest = min(largest, -(-max(V * C, C * F) // nproc)) if full else largest
-    work = f"{largest} * ({8 if flags.pure_bf16 else 7} * 4 + 8 / 256)"  # a piece in fp32, eight times
-    term("optimizer's work", work if flags.optim == "adamw_8bit" else "0")
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
     stays = "weights + adapters + optimizer_state + cuBLAS_workspace + " + "gradients + " * buckets
     if flags.cpu_offload:
-        term("in the host's memory", "weights + adapters + gradients + optimizer_state")
-        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "M"), 0)
+        term("in the host's memory", "weights + adapters + gradients + optimizer_state + optimizer_work")
+        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "optimizer_work", "M"), 0)
     first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
     earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s" + " + T * C * s" * (full and s == 4)
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
-        made, head = "0" if flags.cpu_offload else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
+        made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
         moments = [
             stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
             stays + activations + earlier + head + backward + " + 2 * G + R",
@@ -170,20 +182,22 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     else:
         moments = [
             stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
-            stays + activations + (earlier or " + V * C * g" * (full and not buckets)) + backward,
+            stays + activations + (earlier or " + V * C * g" * (full and not buckets and not within)) + backward,
             stays + "gradients + " * (not buckets) + "optimizer_work",
         ]
-        if full:
+        if full and within:
+            moments.append(stays + "gradients + T * C * s")
+        elif full:
             made = "0" if buckets else "gradients - (W + V * C) * g"
             moments.append(stays + f"{made} + {first}" + backward)
             moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
     term("allocated peak", *moments)
     if flags.cpu_offload:
-        terms = {name: term for name, term in terms.items() if name not in KEPT}
+        terms = {name: term for name, term in terms.items() if name not in (*KEPT, "optimizer's work")}
     return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
 
 
-KEPT = ("weights", "adapters", "gradients", "optimizer state")
+KEPT = ("weights", "adapters", "gradients", "optimizer state")  # from step to step; with CPU offload in the host's memory
 
 
 def simulated(line, n_layers: int) -> dict[str, int]:
@@ -195,8 +209,10 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        terms["gradients"] = max(phase.end["gradients"] for phase in phases.values())
+        terms["gradients"] = max(max(phase.peak["gradients"], phase.end["gradients"]) for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
+    if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
+        terms["optimizer's work"] = phases["optimizer"].rise
     if "batch" in top:  # counted by kinds
         for kind in ("gathered weights", "gradients to reduce"):
             if most := max(phase.peak[kind] for phase in phases.values() if phase.layer is not None):
@@ -207,6 +223,5 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         "activations, middle layers": sum(phases[f"forward {i}"].kept for i in range(1, last)),
         "logits and loss": phases["loss"].rise,
         "a block's backward": phases[f"backward {last}"].rise,
-        "optimizer's work": phases["optimizer"].rise,
         "allocated peak": line.peak - line.tails,
     }

@@ -52,7 +52,6 @@ def answer(words: list[str]) -> None:
     for wrong, sentence in (
         (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
         (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
-        (given.get("optimizer_in_backward"), "steps inside backward are not simulated: leave out --optimizer_in_backward"),
         (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
         (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),
