@@ -23,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import memory
 from model import PRESETS
+from sizing.advice import needed
+from sizing.formula import letters
+from sizing.gpu import GPU, find_gpu
 from sizing.rehearsal import Rehearsal
 from train import TrainConfig, Workers, build, sharding
 
@@ -63,7 +66,7 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
     """{predicted, measured, predicted_reserved, measured_reserved} in bytes; the measured ones None if it ran out of memory."""
     gpu, sizes = None, PRESETS[preset]
     if device.type == "cuda":
-        gpu = memory.GPU.here(device)
+        gpu = GPU.here(device)
     batch = -(-tokens // sizes.max_seq_len)
     flags = {"dtype": "bf16" if gpu else "fp32", "model_max_length": tokens // batch, "per_device_train_batch_size": batch}
     pure = METHODS[method].get("pure_bf16") and {"dtype": "bf16"}
@@ -81,7 +84,7 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
 
 def plan(preset: str) -> None:
     """Full fine-tuning and QLoRA sharded over 2 to 512 GPUs. Nothing of it is measured."""
-    gpu, sizes, tokens, speed = memory.find_gpu("h100"), PRESETS[preset], 4096, 400e12
+    gpu, sizes, tokens, speed = find_gpu("h100"), PRESETS[preset], 4096, 400e12
     print(f"{tokens:,} tokens a GPU, bf16, checkpointing, AdamW, --fsdp True, h100, {gpu.memory / 1e9:.1f} GB.")
     print("Assumed: a block is gathered for forward and for backward, the rest once; gradients are reduced in fp32;")
     print("400 TFLOP/s a GPU (40 % of peak); 8 FLOPs a weight and token for full (2 forward, 4 backward, 2 for computing blocks")
@@ -92,7 +95,7 @@ def plan(preset: str) -> None:
     for method, flops in (("full", 8), ("qlora", 6)):
         config = TrainConfig(**{"dtype": "bf16", "model_max_length": tokens, "fsdp": True} | AGAIN | METHODS[method])
         for count in (2, 4, 8, 16, 32, 64, 128, 256, 512):
-            size, is_ = memory.needed(sizes, config, gpu, count), memory.letters(sizes, config, count)
+            size, is_ = needed(sizes, config, gpu, count), letters(sizes, config, count)
             simulated = ""
             if count in (2, 8, 16, 512):
                 run = Rehearsal(config, sizes, torch.device("cpu"), True, processes=count)

@@ -1,39 +1,46 @@
 """What memory.py prints: the breakdown and its picture, what a GPU can do with a model, the most that fits, and the starting
 document's table beside this project's count."""
 
+import argparse
 import json
 from bisect import bisect_right
 from dataclasses import asdict, replace
 
 import torch
 
+import memory
 import train
 from helping.flags import parse_flags, with_tuples
-from memory import (
-    GPU,
-    GPUS,
-    Timeline,
-    advice,
-    find_gpu,
-    formula,
-    letters,
-    linears,
-    listed,
-    measure,
-    needed,
-    predict,
-    sharded,
-    simulated,
-)
+from memory import Timeline, measure, predict
 from model import PRESETS, read_config
+from sizing.advice import advice, listed, needed, sharded
+from sizing.formula import formula, letters, linears, simulated
+from sizing.gpu import GPU, GPUS, find_gpu
 from sizing.rehearsal import Rehearsal, copied
 
 TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
 GENERIC = GPU("a GPU", 0)  # for who names none
 
 
-def answer(mine, rest: list[str]) -> None:
-    """mine: this program's own flags; rest: train.py's. Raises ValueError with one sentence for a user's mistake."""
+def own_flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memory.py", add_help=False, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"memory.py: {message}\n")
+    parser.add_argument("--gpu", help=f"{' '.join(GPUS)}, or a size such as 80GB")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun, one a GPU")
+    parser.add_argument("--json", action="store_true", help="one object, in bytes")
+    parser.add_argument("--plot", metavar="out.png", help="draw the timeline (matplotlib)")
+    parser.add_argument("--solve", choices=["batch", "length", "gpus"], help="the largest, or the fewest, that fit --gpu")
+    parser.add_argument("--measure", action="store_true", help="run it on this machine's GPU as well, with random weights")
+    parser.add_argument("--reproduce", action="store_true", help="the starting document's table, and how it comes down")
+    return parser
+
+
+def answer(words: list[str]) -> None:
+    """words: this program's own flags and train.py's. Raises ValueError with one sentence for a user's mistake."""
+    parser = own_flags()
+    mine, rest = parser.parse_known_args(words)
+    if {"-h", "--help"} & set(rest):
+        print(memory.__doc__ + parser.format_help())
     if mine.reproduce:
         return reproduce()
     given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))
@@ -47,7 +54,6 @@ def answer(mine, rest: list[str]) -> None:
     for wrong, sentence in (
         (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
         (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
-        (given.get("optimizer_in_backward"), "steps inside backward are not simulated: leave out --optimizer_in_backward"),
         (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
         (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),

@@ -9,11 +9,14 @@ import torch
 
 import train
 from generate import DTYPES
-from memory import GPU, Tracker, explain_out_of_memory, formula, predict
+from memory import Tracker, predict
 from model import Llama, ModelConfig
 from running.checkpoint import trained_weights
 from running.reading import Data
 from running.workers import Workers, whole
+from sizing.advice import explain_out_of_memory
+from sizing.formula import formula
+from sizing.gpu import GPU
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Rehearsal:
         self.optimizer = train.make_optimizer(self.config, self.model)
         self.scaler, self.autocast = train.precision(self.config, self.device)
         self.parallel = train.in_parallel(self.config, self.model, self.workers)
+        if self.config.optimizer_in_backward:
+            train.step_in_backward(self.model, self.optimizer)
         self.model.train()
         return self.model, self.optimizer
 

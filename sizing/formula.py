@@ -1,0 +1,229 @@
+"""The closed form: what a run needs, as arithmetic to be checked by hand.
+
+It is the same sum as memory.py's count, written down before: each term in letters (T tokens, C width, ...; `letters` has them),
+each letter a number that config.json or a flag gives. A term of several moments, such as the loss's, is the largest of them, and
+the peak is the largest of the moments at which it can be. Tests hold every term to the count within 1 %.
+"""
+
+import re
+
+from sizing.gpu import GPU
+
+
+def linears(s) -> dict[str, tuple[int, int]]:
+    """(out, in) of the seven linears of a block."""
+    c, f, kv = s.dim, s.hidden_dim, s.n_kv_heads * s.dim // s.n_heads
+    return {"wq": (c, c), "wk": (kv, c), "wv": (kv, c), "wo": (c, c), "w1": (f, c), "w2": (c, f), "w3": (f, c)}
+
+
+def outer(s) -> dict[str, tuple[int, int]]:
+    return {"tok_embeddings": (s.dim, s.vocab_size), "output": (s.vocab_size, s.dim)}
+
+
+def trained(s, flags) -> set[str]:
+    """The matrices that are trained, or have adapters that are."""
+    if flags.method == "full":
+        return {*linears(s), *outer(s)}
+    named = {*flags.lora_targets} & {*linears(s), *outer(s)}
+    return named | {*linears(s)} if "all-linear" in flags.lora_targets else named
+
+
+def letters(sizes, flags, nproc: int = 1) -> dict:
+    """What the formula's arithmetic is written in. T tokens in a row, n of them in a chunk of the loss; C dim, F hidden_dim,
+    V vocabulary, H heads, K width of all keys, L layers, r LoRA's rank; W numbers in a block's linears, E in all else, N trained.
+    Bytes of a number: b in the computation, g in a gradient, s between the blocks and in weights that are not packed.
+    Sharded over P GPUs: this one's share of N is M, in whole rows; gathered, a block is G bytes and what is in no block R; to be
+    reduced, a block's gradients are B."""
+    C, V, L, r, inside = sizes.dim, sizes.vocab_size, sizes.n_layers, flags.lora_rank, linears(sizes)
+    T, full, half = flags.per_device_train_batch_size * flags.model_max_length, flags.method == "full", flags.dtype != "fp32"
+    W, E = sum(out * inn for out, inn in inside.values()), (2 * V + 2 * L + 1) * C
+    each = {name: (L if name in inside else 1) * sum(shape) for name, shape in (inside | outer(sizes)).items()}
+    N = L * W + E if full else r * sum(each[name] for name in trained(sizes, flags))
+    known = {"T": T, "n": min(T, 256), "C": C, "F": sizes.hidden_dim, "V": V, "H": sizes.n_heads, "K": inside["wk"][0], "L": L}
+    small = half and full and (flags.pure_bf16 or flags.fsdp)  # 16 bits in the computation, whatever is kept
+    known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
+    known["s"] = 2 if half and (small or not full) else 4
+    if flags.fsdp:  # row by row; where there are fewer rows than GPUs, nothing fills up the rest
+        rows = {x: -(-r // nproc) * inn + -(-out // nproc) * r for x, (out, inn) in (inside | outer(sizes)).items()}
+        block, rest = (sum(rows[x] for x in trained(sizes, flags) & set(among)) for among in (inside, outer(sizes)))
+        gathered = round(eval(PACKED[flags.quantize], {}, known)) // L + 2 * C * known["s"]
+        known |= {
+            "P": nproc,
+            "M": -(-N // nproc) if full else L * block + rest,
+            "G": gathered + (0 if full else block * nproc * 4),
+        }
+        known["R"] = (2 * V + 1) * C * known["s"] + (0 if full else rest * nproc * 4)
+        known["B"] = 4 * (W + 2 * C if full else block * nproc)
+    return known
+
+
+PACKED = {  # NF4: 4 bits, 8 a block of 64, 32 a block of 2^14. int8: 4 bytes a row.
+    "none": "L * W * s",
+    "nf4": "L * W * (4 + 8 / 64 + 32 / 16384) / 8",
+    "int8": "L * W * (1 + 4 / C)",
+}
+
+
+def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, tuple[str, int]]:
+    """The run as arithmetic: name -> (expression, bytes). sizes: the model's; flags: train.py's, with --dtype decided.
+
+    Each term is written once, in `letters` and the names of earlier terms, and Python computes what is printed. Where several
+    moments compete, the largest is the term."""
+    full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
+    within = flags.optimizer_in_backward  # one gradient at a time
+    masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
+    moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
+    C, F, V, L, s = (known[letter] for letter in "CFVLs")
+    terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
+
+    def term(name: str, *moments: str) -> None:
+        size, text = max((round(eval(text, {}, known)), text) for text in moments)
+        known[re.sub(",|'s", "", name).replace(" ", "_")] = size
+        terms[name] = text.replace("_", " ").replace("*", "x"), size
+
+    def work(numbers: int) -> str:
+        """The 8-bit optimizer's: a piece of a weight in fp32, several times."""
+        each = f"({8 if flags.pure_bf16 else 7} * 4 + 8 / 256)"
+        return f"{min(2**24, numbers)} * {each}" if flags.optim == "adamw_8bit" else "0"
+
+    # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
+    mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
+    term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
+    term("adapters", "0" if full else f"{mine} * 4")
+    twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
+    largest = max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in (inside | outer(sizes))[name])
+    if flags.fsdp and full:
+        largest = -(-largest // nproc)
+    one = "2 * V * C / P * " if flags.fsdp and full else f"{largest} * "  # of a time: FSDP reduces what is in no block together
+    term("gradients", one + "g" if within else f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if twice else "N * g")
+    term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
+    term("optimizer's work", work(largest))
+    term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
+    if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
+        term("gathered weights", "3 * G + R", "2 * G + 2 * R")
+        term("gradients to reduce", "B")
+
+    # What a block keeps. Its norms: their inputs and what uses their results; on a CPU the inputs in fp32, and what a trained
+    # weight is multiplied with.
+    used = bool(moved & {"wq", "wk", "wv"}) + bool(moved & {"w1", "w3"})  # of the two norms' results
+    if gpu:
+        norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
+    else:
+        norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
+    attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
+    if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
+        attention = f"T * 4 * C * b + H * T * T * {6 if half else 4} + T * T"
+    elif gpu and half:  # k and v are repeated for every query head
+        attention = "T * 4 * C * b + T * H * 4"
+    block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in moved)} * b"
+    if not full and (within := moved & inside.keys()):
+        block += f" + T * r * {len(within)} * b" + f" + r * {sum(sum(inside[x]) for x in within)} * 2" * half
+    copies = " + W * 2" * masters  # of the weights, by autocast
+    kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
+    made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
+    term("activations, first layer", kept + f" - T * C * {'s' if gpu else 4}" * made_by_nothing_trained)
+    term("activations, last layer", kept if L > 1 else "0")
+    term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
+
+    # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
+    # logarithms of probabilities, which become their gradient, and the head's.
+    held = "3 * T * C * s" + " + T * C * 4" * (half and not gpu)
+    moments = ["8 * n * V + n * C * s"]
+    if half:
+        moments = ["10 * n * V"]
+    if masters:
+        moments = ["8 * n * V + 10 * V * C + n * C * 8"]
+    elif full:
+        moments += ["8 * n * V + 2 * V * C * g + n * C * b"]
+    moments = [f"{text} + {held}" for text in moments]
+    if full and within and not flags.fsdp:  # the head is stepped
+        moments.append("V * C * g + optimizer_work + T * C * s")
+    term("logits and loss", *moments)
+
+    # A block's backward: gradients of the feed-forward layer's width, and a weight's gradient or a weight turned back.
+    if full:
+        moments = ["2 * T * F * b" + " + C * F * b" * (not buckets)]  # DDP takes each gradient at once
+        if within and not flags.fsdp:
+            moments = (
+                ["T * F * b + C * F * b + T * C * b", "C * F * 4"] if masters else ["2 * T * F * b", "T * F * b + C * F * b"]
+            )
+            moments.append(f"C * F * b + {work(C * F)}")
+        elif masters and again:
+            moments.append("C * F * 4 + T * C * 2")
+            moments.append(f"3 * C * F * 4 + C * F * 2 + T * C * 42 - ({block}{copies})")  # w1's, w2's, w3's
+            moments.append(f"W * 4 + C * C * 2 + T * C * 8 - ({block}{copies})")  # all gradients
+        elif half and not buckets:  # all its gradients, its activations gone
+            moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
+    else:
+        moments = [f"{2 if 'w2' in moved else 3} * T * F * b"]
+        if flags.quantize != "none":
+            moments += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
+    if flags.attention == "textbook":
+        moments.append(f"H * T * T * 4 + T * C * {(4 if gpu else 2) if half else 8} + T * F * b")
+    if again:  # the block once more, without a copy of its input
+        moments = [f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)} + {text}" for text in moments]
+    term("a block's backward", *moments)
+
+    # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
+    stays = "weights + adapters + optimizer_state + cuBLAS_workspace + " + "gradients + " * buckets
+    if flags.cpu_offload:
+        term("in the host's memory", "weights + adapters + gradients + optimizer_state + optimizer_work")
+        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "optimizer_work", "M"), 0)
+    first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
+    earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
+    backward = " + a_block_backward + T * C * s" + " + T * C * s" * (full and s == 4)
+    if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
+        made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
+        moments = [
+            stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
+            stays + activations + earlier + head + backward + " + 2 * G + R",
+            stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
+            stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
+            stays + "gradients" + " + 2 * V * C * (g + 4)" * full,  # what is in no block, reduced at last
+        ]
+    else:
+        moments = [
+            stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
+            stays + activations + (earlier or " + V * C * g" * (full and not buckets and not within)) + backward,
+            stays + "gradients + " * (not buckets) + "optimizer_work",
+        ]
+        if full and within:
+            moments.append(stays + "gradients + T * C * s")
+        elif full:
+            made = "0" if buckets else "gradients - (W + V * C) * g"
+            moments.append(stays + f"{made} + {first}" + backward)
+            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
+    term("allocated peak", *moments)
+    if flags.cpu_offload:
+        terms = {name: term for name, term in terms.items() if name not in (*KEPT, "optimizer's work")}
+    return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
+
+
+KEPT = ("weights", "adapters", "gradients", "optimizer state")  # from step to step; with CPU offload in the host's memory
+
+
+def simulated(line, n_layers: int) -> dict[str, int]:
+    """The same terms in memory.py's Timeline, as they were counted in the second step. (A GPU's allocator counts no kinds.)"""
+    phases = {phase.name: phase for phase in line.phases if phase.part == "second step"}
+    top, last = line.highest.peak, n_layers - 1
+    terms = {kind: top[kind] for kind in ("cuBLAS workspace",) if top[kind]}
+    if line.host:
+        terms["in the host's memory"] = line.host
+    elif "weights" in top:
+        terms |= {kind: top[kind] for kind in ("weights", "adapters")}
+        terms["gradients"] = max(max(phase.peak["gradients"], phase.end["gradients"]) for phase in phases.values())
+        terms["optimizer state"] = phases["between steps"].end["optimizer state"]
+    if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
+        terms["optimizer's work"] = phases["optimizer"].rise
+    if "batch" in top:  # counted by kinds
+        for kind in ("gathered weights", "gradients to reduce"):
+            if most := max(phase.peak[kind] for phase in phases.values() if phase.layer is not None):
+                terms[kind] = most
+    return terms | {
+        "activations, first layer": phases["forward 0"].kept,
+        "activations, last layer": phases[f"forward {last}"].kept if last else 0,
+        "activations, middle layers": sum(phases[f"forward {i}"].kept for i in range(1, last)),
+        "logits and loss": phases["loss"].rise,
+        "a block's backward": phases[f"backward {last}"].rise,
+        "allocated peak": line.peak - line.tails,
+    }
