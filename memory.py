@@ -11,7 +11,7 @@ order while it adds gradients. So memory is highest somewhere around the turn, a
 Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
 which have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
-alive. The layers of a Llama are alike, so 4 and 8 of them are run and the rest follows by a straight line, exact to the byte.
+alive. The layers of a Llama are alike, so 4 and 6 of them are run and the rest follows by a straight line, exact to the byte.
 
 This file watches, reads the diary and predicts. In sizing/ is what stands beside that: the same sum as arithmetic, to be checked
 by hand (formula.py); what a GPU adds that fake tensors cannot show: the allocator's rules, kernels' scratch, context (gpu.py);
@@ -119,6 +119,8 @@ class Tracker(TorchDispatchMode):
         self.diary.append((-1, block))
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # every second call; a tenth of the time
+            return args[0].fake_device
         if any(map(is_traceable_wrapper_subclass_type, types)):  # a tensor in shards: its own operations will come by
             return NotImplemented
         result = self._without_numbers(op, args)
@@ -127,7 +129,7 @@ class Tracker(TorchDispatchMode):
         if not op.is_view:  # a view brings no storage of its own
             away = bool(self.away) and (self.phase == "optimizer" or self._away(args))  # it works where its weights are
             for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                if isinstance(tensor, torch.Tensor) and (getattr(tensor, "fake_device", None) or tensor.device).type != "meta":
                     self.watch(tensor, away=away)
         if op.name() in MOVED:
             where, kind = MOVED[op.name()]
@@ -203,13 +205,14 @@ def follow(recorder, model, optimizer, in_backward: bool = False) -> None:
 
 @dataclass
 class Phase:
-    """A stretch of a run, and the bytes of each kind at its start, at its own peak, and at its end."""
+    """A stretch of a run, and the bytes of each kind at its start, at its own peak, at its end, and when its work took most."""
 
     part: str  # load, first step, second step, evaluation, save
     name: str  # forward 0, loss, backward 0, optimizer, ...
     start: Counter
     peak: Counter
     end: Counter
+    busiest: Counter  # the peak, but for what FSDP sends and receives meanwhile
 
     @property
     def layer(self) -> int | None:
@@ -221,16 +224,19 @@ class Phase:
 
     @property
     def rise(self) -> int:
-        return own(self.peak) - own(self.start)
+        return own(self.busiest) - own(self.start)
 
     @property
     def kept(self) -> int:
         return own(self.end) - own(self.start)
 
 
+SENT = {"gathered weights", "gradients to reduce"}  # what FSDP holds for the network, asked for before its layer's turn
+
+
 def own(moment: Counter) -> int:
-    """Bytes of a moment without what FSDP holds for the network, which is asked for before its layer's turn."""
-    return moment.total() - moment["gathered weights"] - moment["gradients to reduce"]
+    """Bytes of a moment without what is sent."""
+    return moment.total() - sum(moment[kind] for kind in SENT)
 
 
 @dataclass
@@ -252,27 +258,33 @@ class Timeline:
 def timeline(diary: list[tuple], gpu=None) -> Timeline:
     """The diary as phases. For a GPU every size is rounded as its allocator does, which is replayed beside it."""
     allocator = CachingAllocator() if gpu else None
-    phases, live, total, highest, peak, tails, away, host = [], Counter(), 0, 0, 0, 0, 0, 0
+    phases, live, total, highest, mine, most, peak, tails, away, host = [], Counter(), 0, 0, 0, 0, 0, 0, 0, 0
     for what, block in diary:
         if what == 0:
             if phases:
                 phases[-1].end = live.copy()
-            phases.append(Phase(*block, live.copy(), live.copy(), live.copy()))
-            highest = total  # in this phase
+            phases.append(Phase(*block, *(live.copy() for _ in range(4))))
+            highest, most = total, mine  # in this phase
             continue
         if block.away:
             away += what * block.bytes
             host = max(host, away)
             continue
         size = -(-block.bytes // 512) * 512 if gpu else block.bytes
-        live[kind_of(block)] += what * size
+        kind = kind_of(block)
+        live[kind] += what * size
         total += what * size
+        mine += what * size * (kind not in SENT)
         if allocator:
             allocator.allocate(block) if what == 1 else allocator.free(block)
             if total > peak:
                 peak, tails = total, allocator.allocated - total
-        if total > highest:
-            highest, phases[-1].peak = total, live.copy()
+        if total > highest or mine > most:
+            now = live.copy()
+            if total > highest:
+                highest, phases[-1].peak = total, now
+            if mine > most:
+                most, phases[-1].busiest = mine, now
     return Timeline(phases[:-1], host, tails, allocator and allocator.reserved)  # the last is only the end
 
 
@@ -283,7 +295,7 @@ def kind_of(block: Block) -> str:
     return "activations" if block.born.startswith("forward") and block.died != block.born else "temporary"
 
 
-FEW = (4, 8)  # layers that are run of a deeper model
+FEW = (4, 6)  # layers that are run of a deeper model
 
 
 def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
@@ -308,11 +320,11 @@ def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
         x, y = low[phase.part, twin], phase
         for name in names:
             start = made[-1].end if made else Counter()
-            peak, end = (
+            moments = (
                 Counter({kind: start[kind] + deeper(p[kind] - x.start[kind], q[kind] - y.start[kind]) for kind in p | q | start})
-                for p, q in ((x.peak, y.peak), (x.end, y.end))
+                for p, q in ((x.peak, y.peak), (x.end, y.end), (x.busiest, y.busiest))
             )
-            made.append(Phase(phase.part, name, start, peak, end))
+            made.append(Phase(phase.part, name, start, *moments))
     line = Timeline(made, deeper(few.host, more.host), max(0, deeper(few.tails, more.tails)))
     if more.reserved is not None:
         line.reserved = line.peak + more.reserved - more.peak
@@ -385,10 +397,12 @@ class Gauge:
     def begin(self, phase: str) -> None:
         now = Counter(allocated=torch.cuda.memory_allocated())
         if self.phases:
-            self.phases[-1].peak, self.phases[-1].end = Counter(allocated=torch.cuda.max_memory_allocated()), now
+            last = self.phases[-1]
+            last.peak = last.busiest = Counter(allocated=torch.cuda.max_memory_allocated())
+            last.end = now
         torch.cuda.reset_peak_memory_stats()
         self.phase = phase
-        self.phases.append(Phase(self.part, phase, now, now, now))
+        self.phases.append(Phase(self.part, phase, now, now, now, now))
 
     def watch(self, tensor, kind=None) -> None:
         pass  # the allocator knows sizes, not kinds

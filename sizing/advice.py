@@ -1,6 +1,6 @@
 """Will it fit, and if not, what would: by the closed form, which answers in a millisecond where a simulation takes seconds."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from sizing.formula import formula
 from sizing.gpu import GPU
@@ -11,18 +11,21 @@ def needed(s, flags, gpu: GPU, nproc: int = 1) -> int:
     return formula(s, flags, gpu, nproc)["allocated peak"][1] + gpu.context
 
 
-def cheaper(flags) -> list[tuple[str, dict]]:
+def cheaper(flags, nproc: int = 1) -> list[tuple[str, dict]]:
     """Changes that save memory, the cheapest first: (what it is and costs, the flags it changes)."""
     full, batch, length = flags.method == "full", flags.per_device_train_batch_size, flags.model_max_length
     pure, qlora = {"optim": "adamw_8bit", "pure_bf16": True}, {"method": "qlora", "quantize": "nf4"}
-    lora = {"method": "lora", "pure_bf16": False, "optim": "adamw"}
+    lora = {"method": "lora", "pure_bf16": False, "optim": "adamw", "optimizer_in_backward": False}
+    within = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
     fewer = {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": flags.gradient_accumulation_steps * 2}
-    masters, alone = full and not (flags.pure_bf16 or flags.fsdp), not flags.optimizer_in_backward
+    alone, one = not flags.optimizer_in_backward, batch == flags.gradient_accumulation_steps == 1
+    one = full and alone and one and flags.dtype != "fp16" and (flags.fsdp or nproc == 1)
     halved = f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps"
     ways = [
         (not flags.gradient_checkpointing, "--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}),
-        (masters and flags.optim == "adamw", "--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}),
-        (masters and flags.dtype == "bf16", "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
+        (full and flags.optim == "adamw", "--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}),
+        (full and not flags.pure_bf16 and flags.dtype == "bf16", "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
+        (one, "--optimizer_in_backward --max_grad_norm 0, one gradient at a time, never clipped", within),
         (flags.method == "lora" and flags.quantize != "nf4", "--method qlora, 4-bit weights, a little slower", qlora),
         (
             flags.fsdp and not flags.cpu_offload,
@@ -38,8 +41,8 @@ def cheaper(flags) -> list[tuple[str, dict]]:
 
 
 def sharded(flags, **more):
-    """The same in shards, with fp32 weights and moments: these are what sharding makes affordable."""
-    return replace(flags, **{"fsdp": True, "optim": "adamw", "pure_bf16": False} | more)
+    """The same in shards."""
+    return replace(flags, fsdp=True, **more)
 
 
 def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
@@ -51,15 +54,15 @@ def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
         found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
         return size <= gpu.memory
 
-    for change, new in cheaper(flags):
+    for change, new in cheaper(flags, nproc):
         fits(change, replace(flags, **new))
     if any(way["fits"] for way in found):
         return found
-    words = []
-    while (ways := cheaper(flags)) and (len(ways) > 1 or flags.model_max_length > 512):
-        flags = replace(flags, **ways[0][1])
-        words.append(ways[0][0].split(",")[0])
-        if len(words) > 1 and fits(" ".join(words), flags):
+    given, count = asdict(flags), 0
+    while (ways := cheaper(flags, nproc)) and (len(ways) > 1 or flags.model_max_length > 512):
+        flags, count = replace(flags, **ways[0][1]), count + 1
+        words = [f"--{name} {value}" for name, value in asdict(flags).items() if value != given[name]]
+        if count > 1 and fits(" ".join(words), flags):
             return found
     for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
         for more in ({}, {"cpu_offload": True}):

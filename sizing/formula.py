@@ -150,8 +150,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             moments.append(f"C * F * b + {work(C * F)}")
         elif masters and again:
             moments.append("C * F * 4 + T * C * 2")
-            moments.append(f"3 * C * F * 4 + C * F * 2 + T * C * 42 - ({block}{copies})")  # w1's, w2's, w3's
-            moments.append(f"W * 4 + C * C * 2 + T * C * 8 - ({block}{copies})")  # all gradients
+            if not buckets:  # the gradients of w1, w2 and w3 with one in 16 bits; at last all
+                moments.append(f"3 * C * F * 4 + C * F * 2 + T * C * 42 - ({block}{copies})")
+                moments.append(f"W * 4 + C * C * 2 + T * C * 8 - ({block}{copies})")
         elif half and not buckets:  # all its gradients, its activations gone
             moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
     else:
@@ -211,7 +212,8 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        terms["gradients"] = max(max(phase.peak["gradients"], phase.end["gradients"]) for phase in phases.values())
+        held = max(phase.end["gradients"] for phase in phases.values())  # stepped within backward, they live within a phase
+        terms["gradients"] = held or max(phase.peak["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
         terms["optimizer's work"] = phases["optimizer"].rise

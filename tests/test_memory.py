@@ -15,9 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory
+from data import parse_flags, with_tuples
 from memory import Block, Tracker, predict, timeline, watch
 from model import PRESETS, ModelConfig
-from sizing.advice import needed
+from sizing.advice import advice, cheaper, needed, sharded
 from sizing.formula import KEPT, formula, simulated
 from sizing.gpu import GPUS, CachingAllocator, find_gpu
 from sizing.rehearsal import Rehearsal
@@ -368,6 +369,25 @@ def test_what_does_not_fit_is_told_what_would():
     assert "It does not fit: 8GB has 8.00 GB" in answer
     changes = [line for line in answer.splitlines() if " GB  fits" in line or " GB  no" in line]
     assert len(changes) >= 4 and any("fits" in line for line in changes)
+
+
+def test_what_is_advised_can_be_run_and_sharding_keeps_how_weights_and_moments_are_kept():
+    """TrainConfig refuses what cannot be; so each proposal, one after the other, is made into one."""
+    gpu, sizes = find_gpu("3GB"), PRESETS["7b"]
+    for given in (FULL, FULL | {"fsdp": True}, PURE, PURE | {"fsdp": True}):
+        flags = rehearsal({"dtype": "bf16"} | given, sizes, 2048).config
+        offered = [new for _, new in cheaper(flags, 8)]
+        assert ({"optim": "adamw_8bit", "pure_bf16": True} in offered) == ("pure_bf16" not in given)
+        kept = sharded(flags)
+        assert (kept.fsdp, kept.optim, kept.pure_bf16) == (True, flags.optim, flags.pure_bf16)
+        together = [way["change"] for way in advice(sizes, flags, gpu, 8)]
+        for words in (line for line in together if "--method qlora" in line and "sharded" not in line):
+            TrainConfig(
+                **{"dtype": "bf16"} | with_tuples(parse_flags(TrainConfig, "", words.split(",")[0].split())) | {"quantize": "nf4"}
+            )
+            assert "pure_bf16 True" not in words
+        need = [needed(sizes, replace(sharded(flags), **new), gpu, 8) for new in ({}, {"optim": "adamw_8bit", "pure_bf16": True})]
+        assert need[1] < need[0] or "pure_bf16" in given
 
 
 def test_the_largest_batch_fits_and_is_the_largest():
