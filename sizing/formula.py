@@ -209,7 +209,8 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        terms["gradients"] = max(max(phase.peak["gradients"], phase.end["gradients"]) for phase in phases.values())
+        moment = "end" if "optimizer" in phases else "peak"  # within backward no phase ends with one
+        terms["gradients"] = max(getattr(phase, moment)["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
         terms["optimizer's work"] = phases["optimizer"].rise
