@@ -11,7 +11,7 @@ order while it adds gradients. So memory is highest somewhere around the turn, a
 Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
 which have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
-alive. The layers of a Llama are alike, so 4 and 6 of them are run and the rest follows by a straight line, exact to the byte.
+alive. The layers of a Llama are alike, so 4 and 8 of them are run and the rest follows by a straight line, exact to the byte.
 
 This file watches, reads the diary and predicts. In sizing/ is what stands beside that: the same sum as arithmetic, to be checked
 by hand (formula.py); what a GPU adds that fake tensors cannot show: the allocator's rules, kernels' scratch, context (gpu.py);
@@ -295,7 +295,7 @@ def kind_of(block: Block) -> str:
     return "activations" if block.born.startswith("forward") and block.died != block.born else "temporary"
 
 
-FEW = (4, 6)  # layers that are run of a deeper model
+FEW = (4, 8)  # layers that are run of a deeper model; fewer would be as exact, but what an allocator adds would be less like it
 
 
 def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:

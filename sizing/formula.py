@@ -212,8 +212,8 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        held = max(phase.end["gradients"] for phase in phases.values())  # stepped within backward, they live within a phase
-        terms["gradients"] = held or max(phase.peak["gradients"] for phase in phases.values())
+        moment = "end" if "optimizer" in phases else "peak"  # within backward no phase ends with one
+        terms["gradients"] = max(getattr(phase, moment)["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
         terms["optimizer's work"] = phases["optimizer"].rise
