@@ -14,9 +14,10 @@ ALL_FROZEN = 0  # ... and when none of them is, but something before them (an ad
 
 @pytest.mark.parametrize(("trained", "answer"), [(True, "ALL_TRAINED"), (False, "ALL_FROZEN")])
 def test_bytes(trained, answer):
-    """What does a feed-forward layer keep for backward? It computes w2(silu(w1 x) * w3 x). Of x * y backward needs x and y, of
-    silu(x) x, of W x the W, and x only if W is trained. Write down ALL_TRAINED and ALL_FROZEN, as sums of T, C and F, before you
-    run it: what is alive after forward, the result included, x and the weights not. That difference is why LoRA needs less."""
+    """What does a feed-forward layer keep for backward? It computes w2(silu(w1 x) * w3 x). Of silu(x) * y backward needs x and y
+    (SwiGLU in model.py makes the rest again), of W x the W, and x only if W is trained. Write down ALL_TRAINED and ALL_FROZEN,
+    as sums of T, C and F, before you run it: what is alive after forward, the result included, x and the weights not. That
+    difference is why LoRA needs less."""
     layer = FeedForward(ModelConfig(dim=C, n_heads=4, n_kv_heads=4, hidden_dim=F)).requires_grad_(trained)
     x = torch.randn(T, C, requires_grad=True)
     with Tracker() as tracker:

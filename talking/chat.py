@@ -15,8 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import DataError, encode_dialog
-from generate import GenerateConfig, Sampling, Voice, answers, generate, text_stream
+from generate import GenerateConfig, Sampling, answers, generate, text_stream
 from preparing.records import dialog_of, read_records
+from talking.voices import Voice
 
 HELP = """/reset          forget what was said; the system message stays
 /undo           forget the last question and its answer

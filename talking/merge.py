@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from generate import Voice
 from lora import merge_lora
 from model import save_hf
+from talking.voices import Voice
 
 
 @torch.inference_mode()

@@ -14,8 +14,9 @@ from functools import partial
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: gradio reads it there
 
 from data import DataError
-from generate import GenerateConfig, Sampling, Voice
+from generate import GenerateConfig, Sampling
 from talking.chat import Reply, check_text
+from talking.voices import Voice
 
 try:
     import gradio as gr

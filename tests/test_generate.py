@@ -20,7 +20,6 @@ from generate import (
     compile_decoding,
     generate,
     generate_batch,
-    load,
     pick_device,
     pick_dtype,
     sample,
@@ -30,6 +29,7 @@ from lora import LoRAError, add_lora, load_adapter
 from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
 from quant import Int8Linear, NF4Linear
 from talking.cpu import CPULinear, order_for_cpu
+from talking.voices import load
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -559,8 +559,9 @@ def test_the_program_writes_the_answer_and_its_speed_apart(run, base, tokenizer)
 
 
 def test_model_defaults_to_the_one_that_comes_along(run, base, monkeypatch):
-    monkeypatch.setattr(generate_module, "TINY", base)
-    assert run("--prompt", "Where?", "--max_new_tokens", 1)[0] == 0
+    monkeypatch.setattr("talking.voices.TINY", base)
+    short = ("--prompt", "Where?", "--max_new_tokens", 5)
+    assert run(*short)[:2] == run(*short, "--model", base)[:2]
 
 
 def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table(run, base, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 import generate as generate_script
 import quant as quant_module
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
-from generate import GenerateConfig, Sampling, generate, load
+from generate import GenerateConfig, Sampling, generate
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
 from model import CheckpointError, load_model, save_hf, save_meta, to_hf
 from quant import (
@@ -35,6 +35,7 @@ from quant import (
     stochastic_round,
     triton,
 )
+from talking.voices import load
 from train import RunError, complete, train
 from weights.bitsandbytes import reordered
 

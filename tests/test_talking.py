@@ -22,11 +22,12 @@ import torch
 
 import generate as generate_module
 from data import DataError, read_dialogs
-from generate import GenerateConfig, Sampling, Voice, answer, load, load_voices
+from generate import GenerateConfig, Sampling, answer
 from lora import add_lora, lora_parameters, save_adapter
-from model import load_model, to_hf
+from model import load_model, save_hf, to_hf
 from talking import chat
 from talking.chat import Reply, fit
+from talking.voices import Voice, load, load_voices
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [1, 17, 4, 93, 58, 21]
@@ -141,7 +142,7 @@ def test_turns_are_left_out_from_the_oldest_until_the_answer_fits_and_the_system
 
 
 def test_it_is_said_when_turns_were_left_out(typed, tiny_llama, tokenizer_file, tmp_path):
-    generate_module.save_hf(tiny_llama(vocab_size=340, max_seq_len=120), tmp_path / "m")
+    save_hf(tiny_llama(vocab_size=340, max_seq_len=120), tmp_path / "m")
     argv = ("--model", tmp_path / "m", "--tokenizer", tokenizer_file, "--max_new_tokens", 20)
     code, _, err = typed("Where does Mira live?\n" * 4, *argv)
     lines = [line for line in err.splitlines() if "tokens/s" in line]
@@ -150,7 +151,7 @@ def test_it_is_said_when_turns_were_left_out(typed, tiny_llama, tokenizer_file, 
 
 
 def test_a_question_longer_than_the_window_ends_a_script_with_code_2_and_one_line(typed, tiny_llama, tokenizer_file, tmp_path):
-    generate_module.save_hf(tiny_llama(vocab_size=340, max_seq_len=40), tmp_path / "m")
+    save_hf(tiny_llama(vocab_size=340, max_seq_len=40), tmp_path / "m")
     code, out, err = typed("why " * 90, "--model", tmp_path / "m", "--tokenizer", tokenizer_file)
     assert (code, out) == (2, "")
     assert re.search(r"^generate.py: the prompt has \d+ tokens and the model's window 40: nothing is left", err, re.M)
@@ -242,7 +243,7 @@ def endless(tiny_llama, tokenizer_file, tmp_path):
     """A folder with a model that never ends an answer: the end token's logit is 0 whatever comes, so others are above it."""
     model = tiny_llama(vocab_size=340)
     model.output.weight.data[2] = 0
-    generate_module.save_hf(model, tmp_path / "endless")
+    save_hf(model, tmp_path / "endless")
     (tmp_path / "endless" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
     return tmp_path / "endless"
 

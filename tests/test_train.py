@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 
 import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
-from generate import GenerateConfig, Sampling, answer, load
+from generate import GenerateConfig, Sampling, answer
 from lora import load_adapter
 from model import from_hf, load_model, read_config, save_hf, save_meta
 from running import checkpoint as checkpoint_script
@@ -33,6 +33,7 @@ from running.checkpoint import checkpoints
 from running.exam import Exam
 from running.reading import read_data
 from sizing.rehearsal import Memory, copied
+from talking.voices import load
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from model import FROM_HF, CheckpointError, Llama, ModelConfig, from_hf, rename
+from model import CheckpointError, Llama, ModelConfig
 from quant import NF4Linear
 from weights.bitsandbytes import from_bitsandbytes, rows_after
+from weights.names import FROM_HF, from_hf, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sizes

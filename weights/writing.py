@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model import TO_HF, Llama, ModelConfig, rename, to_hf
+from model import Llama, ModelConfig
 from quant import NF4Linear
 from weights.bitsandbytes import rows_after, to_bitsandbytes
+from weights.names import TO_HF, rename, to_hf
 from weights.reading import meta_hidden_dim
 
 

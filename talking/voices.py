@@ -1,0 +1,102 @@
+"""Who answers: a base model, or adapters on it, each asked as it was trained.
+
+The folder of a run says in run.json which base it stands on, how that was quantised, and which prompt template was trained.
+All that may be missing, moved or not fit together is refused here in a sentence."""
+
+import copy
+import json
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from data import DataError, Template, Tokenizer, load_template
+from generate import TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
+from lora import load_adapter
+from model import Llama, from_hf, load_model, read_config
+from quant import QUANTIZERS
+from talking.cpu import CPULinear, order_for_cpu
+
+
+def _read_json(path: Path) -> dict:
+    """What the file holds; nothing if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+
+
+class Voice(NamedTuple):
+    """Who answers: a model, and what it takes to ask it as it was trained."""
+
+    name: str
+    model: Llama
+    tokenizer: Tokenizer
+    template: Template
+
+
+def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
+    """The model that the flags name, with its adapter, and its tokenizer and template."""
+    return load_voices(config)[-1][1:]
+
+
+def load_voices(config: GenerateConfig) -> list[Voice]:
+    """The models that the flags name, asked as their run.json says: the base, or its adapter, or the base and its adapters.
+
+    The base's weights are read once and lie in memory once, however many adapters stand on them."""
+    runs = [_find(config, Path(adapter)) for adapter in config.adapter] or [_find(config, None)]
+    base, quantize, tokenizer, template = runs[0]
+    for adapter, run in zip(config.adapter, runs, strict=False):
+        if (run[0].resolve(), run[1]) != (base.resolve(), quantize):
+            raise DataError(
+                f"{config.adapter[0]} was trained on {base} ({quantize}), {adapter} on {run[0]} ({run[1]}): "
+                "adapters are compared on one base, that --model and --quantize name"
+            )
+    device = pick_device(config.device)
+    dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
+    order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
+    model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
+    if answering:
+        order_for_cpu(model)  # the head
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
+    for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):
+        twin = copy.deepcopy(model, dict(shared))  # modules of its own, the same weights in them
+        load_adapter(twin, adapter, partial(from_hf, config=model.config)).eval()
+        voices.append(Voice(adapter, twin, tokenizer, template))
+    for voice in voices:
+        if config.compile:
+            compile_decoding(voice.model)
+        if voice.tokenizer.vocab_size > model.config.vocab_size:
+            pieces, known = voice.tokenizer.vocab_size, model.config.vocab_size
+            raise DataError(f"the tokenizer has {pieces:,} tokens, the model in {base} knows {known:,}")
+    return voices if config.compare or config.web or len(voices) > 2 else voices[-1:]
+
+
+def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Tokenizer, Template]:
+    """The folder of the base, its quantisation, tokenizer and template, as the flags or the run's own run.json say."""
+    folder = adapter or Path(config.model or TINY)
+    run, base = _read_json(folder / "run.json"), config.model
+    whole, adapted = (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
+    if run and not whole and not adapted:
+        raise DataError(f"the run in {folder} is not finished: train.py --resume True --output_dir {folder} goes on with it")
+    if adapter and not adapted:
+        if whole:
+            raise DataError(f"{folder} holds a whole model, not an adapter: pass it as --model")
+        raise DataError(f"no adapter in {folder}: adapter_config.json is missing")
+    if not adapter and adapted:
+        raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
+    if base is None and adapter:
+        base = run.get("base_model") or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base:
+            raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
+        if not Path(base).is_dir():
+            raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
+    base = Path(base or TINY)
+    read_config(base)  # says so if there is no model
+    if run and not (config.template or run.get("template")):
+        raise DataError(f"{folder / 'run.json'} does not say which template was trained: name it with --template")
+    template, _ = load_template(config.template or run.get("template", "llama2"))
+    folders = [place for place in (folder, base) if (place / "tokenizer.model").is_file()]
+    tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
