@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,9 +49,9 @@ def rows_of(options) -> PackedBatches:
 
 def our_step(options):
     """train.py's own build and step. Returns step(turn) -> (mean loss, real tokens)."""
-    from train import TrainConfig, Workers, build, make_optimizer, training_step
+    from train import TrainConfig, Workers, build, make_optimizer, precision, training_step
 
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    device = torch.device(options.device)
     config = TrainConfig(
         model=options.folder,
         method=options.method,
@@ -63,8 +62,7 @@ def our_step(options):
     )
     model = build(config, device)
     model.train()
-    optimizer, scaler = make_optimizer(config, model), torch.amp.GradScaler(options.device, enabled=False)
-    autocast = partial(torch.autocast, options.device, dtype, enabled=options.method == "full" and dtype != torch.float32)
+    optimizer, (scaler, autocast) = make_optimizer(config, model), precision(config, device)
     rows, workers = rows_of(options), Workers(device)
 
     def step(turn):
@@ -120,7 +118,8 @@ def their_step(options):
     def step(turn):
         inputs, real = batch(turn)
         with torch.autocast(options.device, dtype, enabled=options.method == "full" and dtype != torch.float32):
-            loss = model(**{name: x.to(device) for name, x in inputs.items()}).loss
+            # With a cache, their default, transformers' attention would cross the borders of packed documents.
+            loss = model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
