@@ -1,6 +1,6 @@
 """Data: from a file of records to the fixed-shape rows of tokens that training reads.
 
-    file  --read_dialogs-->  dialogs  --encode_dialog-->  ids and labels  --PackedBatches-->  rows
+    file  --read_records-->  dialogs  --encode_dialog-->  ids and labels  --PackedBatches-->  rows
 
 A dialog is a list of messages, {"role": "system" | "user" | "assistant", "content": "..."}; raw text is one message of role
 "text". A template says how a dialog is written out as text, and each piece is tokenised by itself, so it is known, not
@@ -16,6 +16,8 @@ padded to their longest record waste half of the work or more on real data, wher
     python data.py show mine.jsonl          the tokens as the model will see them
     python data.py stats mine.jsonl         lengths, shares, duplicates, how full the rows will be
     python data.py prepare mine.jsonl --out train.jsonl --split 0.02          what preparing/stages.py does
+
+Each counts with the embedded model's tokenizer unless --tokenizer names your model's: the counts differ.
 
 How a record is recognised by its fields is in preparing/records.py, the kinds of file in preparing/readers.py.
 """
@@ -372,6 +374,8 @@ def main():
         if flags < 2 or words[0] not in commands:
             raise DataError("say show, stats or prepare, and the files: python data.py show mine.jsonl --template llama2 --n 3")
         config = DataConfig(**with_tuples(given))
+        if "tokenizer" not in given:
+            print("counted in the tokens of the embedded model; --tokenizer names your model's", file=sys.stderr)
         commands[words[0]](config, [parse_input(word) for word in words[1:flags]], Tokenizer(config.tokenizer))
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough

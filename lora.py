@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helping.files import readable
+
 
 class LoRAError(ValueError):
     """An adapter that cannot be added to, or read for, this model."""
@@ -173,6 +175,7 @@ def save_adapter(model: nn.Module, path, to_hf, *, base_model: str, rank, alpha,
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    readable(path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

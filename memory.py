@@ -5,7 +5,7 @@ piles them up layer by layer, and backward, which goes from the last layer to th
 order while it adds gradients. So memory is highest somewhere around the turn, and the question is how high:
 
     peak = weights + adapters + optimizer state                  there from the first step on
-         + activations of all layers                             (about 34 x T x dim + ... bytes a layer, see `formula`)
+         + activations of all layers                             (about 32 x T x dim bytes a layer: sizing/formula.py)
          + the loss's logits, or a block's backward              whichever is more, at the turn
 
 Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
@@ -15,7 +15,8 @@ alive. The layers of a Llama are alike, so 4 and 8 of them are run and the rest 
 
 This file watches, reads the diary and predicts. In sizing/ is what stands beside that: the same sum as arithmetic, to be checked
 by hand (formula.py); what a GPU adds that fake tensors cannot show: the allocator's rules, kernels' scratch, context (gpu.py);
-processes that are not there (shards.py); what to change when it does not fit (advice.py); what the program prints (pages.py).
+processes that are not there (shards.py); what to change when it does not fit (advice.py); what the program prints (pages.py);
+and train.py's own build and step, handed over to be watched (rehearsal.py).
 
 GB are 10^9 bytes, GiB 2^30. With torch.compile, which fuses operations, the prediction is an upper bound.
 """
@@ -32,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a door of this file: train.py asks here
+from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a public door of this file
 from sizing.formula import KEPT
 from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm
 from sizing.shards import MOVED, OFFLOADED, processes, told
@@ -376,8 +377,9 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
 
 def predict(run, gpu: GPU | None = None) -> Timeline:
     """The timeline of a run on fake tensors; with a GPU: as on that GPU. run: a dataclass with the model's `sizes`, how many
-    `processes` share the work, `row`, the tensors of a micro-batch, and with `connect()` (what needs numbers: the mesh of the
-    processes), `build()` -> (model, optimizer), `step()`, `evaluate()`, `save()`."""
+    `processes` share the work, train.py's `config`, `row`, the tensors of a micro-batch, how many of its positions are
+    `supervised` (None: all), and with `connect()` (what needs numbers: the mesh of the processes), `build()` -> (model,
+    optimizer), `step()`, `evaluate()`, `save()`."""
     n = run.sizes.n_layers
 
     def of(layers):
@@ -422,7 +424,7 @@ def measure(run, device: torch.device) -> Timeline:
 
 
 def main():
-    """Its answers are in sizing/pages.py, which knows train.py and hands over its own build and step."""
+    """Its answers are in sizing/pages.py, which knows train.py; its build and step come from sizing/rehearsal.py."""
     from sizing.pages import answer  # here, as it imports this file
 
     try:

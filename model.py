@@ -14,7 +14,7 @@ Three choices keep this file short:
   * One stream. The model reads a single row of T tokens that holds whole documents end to end. `cu_seqlens` says where each
     begins; attention never crosses a border and positions restart there. So there is no padding and no batch axis.
   * Meta's names (tok_embeddings, attention.wq, feed_forward.w1, ...) are the names of the modules: Meta's files load as they are.
-    `from_hf` and `to_hf` hold all that differs in Hugging Face's files.
+    `from_hf` and `to_hf` (weights/names.py) hold all that differs in Hugging Face's files.
   * What knows file formats stands in weights/ and comes in through the last lines: `load_model` and `read_config`
     (weights/reading.py), `save_hf` and `save_meta` (weights/writing.py).
 """
@@ -130,7 +130,7 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
     """Causal attention within each document of the stream. q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
     if method == "varlen" or (method == "sdpa" and has_varlen(q)):
         # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
-        from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+        from torch.nn.attention.varlen import varlen_attn
 
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

@@ -9,7 +9,6 @@ checkpoint-N/         what --resume goes on from (checkpoint.py)
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from data import DataError, Tokenizer
+from helping.files import peak_memory
 from lora import lora_parameters, read_adapter, save_adapter
 from model import Llama, ModelConfig, from_hf, open_checkpoint, save_hf, to_hf
 from running.checkpoint import checkpoints, trained_weights, write_text, written_whole
@@ -144,13 +144,6 @@ class Log:
         axes.legend()
         figure.savefig(self.folder / "loss.png", dpi=120)
         pyplot.close(figure)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on the GPU, or that the process took of the host's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def save_final(config, model: Llama, folder: Path, dtype: torch.dtype, workers: Workers) -> None:

@@ -86,9 +86,8 @@ def completed(given: dict, defaults) -> dict:
         saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
         for name, value in given.items():
             if name not in FREE_TO_CHANGE and value != saved[name]:
-                raise RunError(
-                    f"--{name} {value}: the run in {folder} was started with {saved[name]}, and a resumed run is the same run"
-                )
+                was = "its default" if saved[name] is None else saved[name]
+                raise RunError(f"--{name} {value}: the run in {folder} was started with {was}, and a resumed run is the same run")
         given = saved | given
     elif "data" not in given and given.get("model", defaults.model) != defaults.model:
         raise RunError(f"--model {given['model']} needs --data, the records to train it on")

@@ -23,7 +23,7 @@ def cheaper(flags, nproc: int = 1) -> list[tuple[str, dict]]:
     halved = f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps"
     ways = [
         (not flags.gradient_checkpointing, "--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}),
-        (full and flags.optim == "adamw", "--optim adamw_8bit, the same losses to rounding", {"optim": "adamw_8bit"}),
+        (full and flags.optim == "adamw", "--optim adamw_8bit, the same losses within 1 %", {"optim": "adamw_8bit"}),
         (full and not flags.pure_bf16 and flags.dtype == "bf16", "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
         (one, "--optimizer_in_backward --max_grad_norm 0, one gradient at a time, never clipped", within),
         (flags.method == "lora" and flags.quantize != "nf4", "--method qlora, 4-bit weights, a little slower", qlora),

@@ -116,8 +116,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
     block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in moved)} * b"
-    if not full and (within := moved & inside.keys()):
-        block += f" + T * r * {len(within)} * b" + f" + r * {sum(sum(inside[x]) for x in within)} * 2" * half
+    if not full and (adapted := moved & inside.keys()):
+        block += f" + T * r * {len(adapted)} * b" + f" + r * {sum(sum(inside[x]) for x in adapted)} * 2" * half
     copies = " + W * 2" * masters  # of the weights, by autocast
     kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
@@ -156,7 +156,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         elif half and not buckets:  # all its gradients, its activations gone
             moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
     else:
-        moments = [f"{2 if 'w2' in moved else 3} * T * F * b"]
+        moments = [f"{2 if 'w2' in moved else 3} * T * F * b" + " + r * (C + F) * 2" * half]  # an adapter: not yet fp32
         if flags.quantize != "none":
             moments += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
     if flags.attention == "textbook":

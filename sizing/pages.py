@@ -5,6 +5,7 @@ import argparse
 import json
 from bisect import bisect_right
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -45,6 +46,8 @@ def answer(words: list[str]) -> None:
         return reproduce()
     given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))
     name = given.get("model", "7b")
+    if name not in PRESETS and not Path(name).exists():
+        raise ValueError(f"unknown model {name!r}: known are {', '.join(PRESETS)}, or a folder with weights")
     sizes, gpu, nproc = PRESETS.get(name) or read_config(name), find_gpu(mine.gpu) if mine.gpu else None, mine.nproc
     on = None if given.get("device") == "cpu" else gpu or GENERIC
     length, window = given.get("model_max_length", train.TrainConfig.model_max_length), sizes.max_seq_len
@@ -53,6 +56,7 @@ def answer(words: list[str]) -> None:
     wants_bf16 = given.get("dtype") == "bf16" or given.get("pure_bf16")
     for wrong, sentence in (
         (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
+        (given.get("fsdp") and nproc == 1, "--fsdp shares the model out over several GPUs: --nproc says how many"),
         (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
         (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
@@ -117,7 +121,7 @@ def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
 
 
 def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
-    """What the allocator and the driver add to `formula`: replayed, or known by experience."""
+    """What the allocator and the driver add to `formula`: replayed, or usual."""
     return {
         "allocator's rounding": ("rests of up to 1 MiB", line.tails),
         "allocated peak": ("", line.peak),

@@ -5,7 +5,6 @@ copying a large tensor reaches on the same device, read and written bytes counte
 JSONL, and the table shows all of the file's lines: other --dtype, --quantize and --compile come to stand under each other."""
 
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 
 from data import DataError, encode_dialog
 from generate import Sampling, generate, text_stream
+from helping.files import peak_memory
 from quant import QUANTIZERS
 
 RUNS, NEW_TOKENS = 100, 50
@@ -34,13 +34,6 @@ def copy_bandwidth(device: torch.device) -> float:
         synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * source.nbytes / best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the allocator had on CUDA; elsewhere the most the process had, the mapped file included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kB on Linux
 
 
 def measure(model, tokenizer, template, text: str) -> dict:

@@ -490,3 +490,13 @@ def test_adapter_of_another_base_model_is_refused(other, tiny_llama, tmp_path):
 def test_absent_adapter_is_refused(tiny_llama, tmp_path):
     with pytest.raises(LoRAError, match=r"nowhere.*adapter_config.json is missing"):
         open_adapter(tiny_llama(), tmp_path / "nowhere")
+
+
+def test_other_users_may_read_what_is_saved_if_they_may_read_other_files(tiny_llama, tmp_path):
+    """safetensors makes files for their owner alone; a server often runs as another user."""
+    model = tiny_llama()
+    save_hf(model, tmp_path / "model")
+    make_adapter(model, tmp_path / "run")
+    (tmp_path / "any").touch()
+    for file in (tmp_path / "model" / "model.safetensors", tmp_path / "run" / "adapter_model.safetensors"):
+        assert file.stat().st_mode == (tmp_path / "any").stat().st_mode

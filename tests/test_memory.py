@@ -298,6 +298,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_a_gpu_within_a_hundredt
     [
         (AGAIN | {"fsdp": True}, 8),
         (QLORA | AGAIN | {"fsdp": True, "cpu_offload": True}, 2),
+        (QLORA | AGAIN | {"fsdp": True, "lora_rank": 256}, 2),  # gradients of adapters that count
         (FULL | AGAIN | {"fsdp": True}, 8),
         (PURE | AGAIN | {"fsdp": True}, 8),
         (PURE | AGAIN | {"fsdp": True, "cpu_offload": True}, 2),
@@ -423,7 +424,7 @@ def test_the_picture_is_drawn(tmp_path):
     ("arguments", "answer"),
     [
         ("--model 7b --gpu 5090x", "known are t4, 3090, 4090, a100-40, a100-80, h100, h200"),
-        ("--model nowhere", "no model at nowhere"),
+        ("--model nowhere", "unknown model 'nowhere': known are 125m"),
         ("--model 7b --mehtod lora", "did you mean --method?"),
         ("--model 7b --method full --quantize nf4", "freezes the weights and --method full trains them"),
         ("--model 7b --method lora --model_max_length 8192", "--per_device_train_batch_size 2 --model_max_length 4096"),
@@ -435,7 +436,7 @@ def test_the_picture_is_drawn(tmp_path):
             "DDP sums gradients that it then no longer",
         ),
         ("--model 7b --nproc 0", "--nproc must be at least 1"),
-        ("--model 7b --method lora --fsdp", "--fsdp shares a model out over several processes"),
+        ("--model 7b --method lora --fsdp", "--fsdp shares the model out over several GPUs: --nproc"),
         ("--model 7b --device cpu --gpu t4", "--device cpu takes neither"),
     ],
 )

@@ -7,7 +7,7 @@
     o_proj.weight.quant_state.bitsandbytes__nf4     all but tensors, as JSON in bytes: shape, block sizes, the mean of the scales
 
 The codes are those of quant.py, so nothing is rounded on the way. What takes care is the order of rows: query and key rows stand
-elsewhere in Hugging Face's files (model.py, to_hf), and 256 scales under one nested scale are several rows, which may part.
+elsewhere in Hugging Face's files (names.py, to_hf), and 256 scales under one nested scale are several rows, which may part.
 """
 
 import json
@@ -104,7 +104,7 @@ def reordered(packed: PackedNF4, rows: torch.Tensor) -> PackedNF4:
 
 
 def rows_after(convert, name: str, count: int, config) -> torch.Tensor | None:
-    """Which of a weight's rows stands where after `convert` (model.py's from_hf or to_hf), or None if all stay."""
+    """Which of a weight's rows stands where after `convert` (names.py's from_hf or to_hf), or None if all stay."""
     before = torch.arange(count)
     after = convert(name, before[:, None], config)[1].flatten()
     return None if torch.equal(before, after) else after

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from helping.files import readable
 from model import Llama, ModelConfig
 from quant import NF4Linear
 from weights.bitsandbytes import rows_after, to_bitsandbytes
@@ -81,6 +82,7 @@ def save_hf(
             continue
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / file, metadata={"format": "pt"})
+        readable(path / file)
         index |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if not write:

@@ -1,0 +1,22 @@
+"""What the operating system knows of a process and its files."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def readable(path: Path) -> None:
+    """Give a file the permissions of any new one: safetensors writes for its owner alone, and a server may be another user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the allocator had on CUDA; elsewhere the most that the process had, mapped files included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
