@@ -1,6 +1,7 @@
 """README.md: what it says can be checked, so it is. Its commands are run, shortened to one step, on models and files made here
 under the names they have there; its figures are computed, or found in RESULTS.md."""
 
+import ast
 import csv
 import io
 import json
@@ -330,3 +331,19 @@ def test_every_file_it_links_to_is_there():
 def test_every_template_stage_and_dataset_is_named():
     assert all(f"`{name}`" in README for name in (*TEMPLATES, *STAGES))
     assert all(name in README.lower() for name in DATASETS)
+
+
+def test_who_imports_whom_is_as_the_reading_order_has_it():
+    """At the top of a file, where a reader sees it: five leaves, generate.py over three of them, train.py over all it uses.
+    (model.py's last lines bring in weights/, which knows quant.py's NF4 in files.)"""
+    scripts = "model lora quant data train generate memory".split()
+
+    def imported(script):
+        body = ast.parse((REPOSITORY / f"{script}.py").read_text()).body
+        found = {node.module for node in body if isinstance(node, ast.ImportFrom)}
+        found |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        return found & {*scripts}
+
+    leaves = {script: set() for script in ("model", "lora", "quant", "data", "memory")}
+    expected = leaves | {"generate": {"data", "lora", "model"}, "train": {"data", "generate", "lora", "model", "quant"}}
+    assert {script: imported(script) for script in scripts} == expected
