@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a public door of this file
-from sizing.formula import KEPT
+from sizing.formula import KEPT, SENT
 from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm
 from sizing.shards import MOVED, OFFLOADED, processes, told
 
@@ -230,9 +230,6 @@ class Phase:
     @property
     def kept(self) -> int:
         return own(self.end) - own(self.start)
-
-
-SENT = {"gathered weights", "gradients to reduce"}  # what FSDP holds for the network, asked for before its layer's turn
 
 
 def own(moment: Counter) -> int:

@@ -365,7 +365,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     (T x V), nothing is computed again in backward, which only scales by what comes from above."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunk, *weights):
+    def forward(ctx, hidden, labels, head, chunk, *weights):  # the head's weights, or autograd would ask for no gradient of them
         def visit(place, part, label):
             """A chunk's loss. Its gradients go where they are summed, and all else ends with the visit."""
             with torch.enable_grad():

@@ -10,7 +10,7 @@ mean taken off first) and leaves 4 + 8/64 + 32/(64 x 256) = 4.127 bits: the line
 The mean squared error on normal data is 0.0085 of the variance.
 
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
-in backward: two more passes over the weights a step, for which QLoRA needs less memory than LoRA but more time.
+in backward. These two more passes over the weights are why a QLoRA step needs less memory than a LoRA step, but more time.
 
 The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
 scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a

@@ -200,6 +200,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
 
 
+SENT = ("gathered weights", "gradients to reduce")  # what FSDP holds for the network, asked for before its layer's turn
 KEPT = ("weights", "adapters", "gradients", "optimizer state")  # from step to step; with CPU offload in the host's memory
 
 
@@ -218,7 +219,7 @@ def simulated(line, n_layers: int) -> dict[str, int]:
     if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
         terms["optimizer's work"] = phases["optimizer"].rise
     if "batch" in top:  # counted by kinds
-        for kind in ("gathered weights", "gradients to reduce"):
+        for kind in SENT:
             if most := max(phase.peak[kind] for phase in phases.values() if phase.layer is not None):
                 terms[kind] = most
     return terms | {
