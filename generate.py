@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 
-from data import DataError, Template, Tokenizer, encode_dialog
+from data import DataError, Template, Tokenizer
 from helping.flags import parse_flags, with_tuples
 from lora import LoRAError
 from model import CheckpointError, KVCache, Llama
@@ -263,13 +263,6 @@ def text_stream(tokenizer: Tokenizer, tokens, stop: tuple[str, ...] = ()):
             yield text[shown:safe]
             shown = safe
     yield text[shown:].rstrip("\ufffd")  # an answer that was cut inside a character ends before it
-
-
-def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], sampling: Sampling):
-    """Yield the text of the reply to a dialog that ends on a user's turn."""
-    prompt, _ = encode_dialog(dialog, tokenizer, template)
-    tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
-    return text_stream(tokenizer, tokens, (*template.stop, *sampling.stop))
 
 
 def answers(

@@ -431,15 +431,6 @@ class AdamW8bit(torch.optim.Optimizer):
                 state[f"{name}_absmax"] = torch.zeros(-(-n // NESTED_BLOCK), device=weight.device)
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        # PyTorch has cast every moment to the format of its weight. Bytes are to stay bytes: put them back as they were saved.
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for weight, number in zip(weights, numbers, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                self.state[weight][name] = value.to(weight.device, copy=True) if torch.is_tensor(value) else value
-
 
 def stochastic_round(x: torch.Tensor) -> torch.Tensor:
     """fp32 -> bf16, up or down with the odds of the distance, so that the expectation is x.

@@ -8,7 +8,8 @@ from itertools import chain, islice
 
 import numpy as np
 
-from data import IGNORE, DataConfig, Template, Tokenizer, choose_template, encode_dialog, pack
+from data import IGNORE, Template, Tokenizer, choose_template, encode_dialog, pack
+from preparing.commands import DataConfig
 from preparing.readers import DataError
 from preparing.records import read_records
 

@@ -28,8 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import STAGES, DataConfig, Tokenizer, choose_template, encode_dialog, load_template
+from data import Tokenizer, choose_template, encode_dialog, load_template
 from preparing.cache import content_key
+from preparing.commands import STAGES, DataConfig
 from preparing.pages import read_all, text_of
 from preparing.readers import DataError
 from preparing.records import Record, copies, dialog_of, parse_input, read_records
@@ -290,7 +291,7 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     template = config.template and load_template(config.template)[0]
     evaluations = [parse_input(path)[0] for path in config.against]
     decides = dataclasses.replace(config, out=None, overwrite=False, n=1, plot=None, tokenizer=""), template, inputs
-    programs = inspect.getfile(DataConfig), *sorted(Path(__file__).parent.glob("*.py"))
+    programs = inspect.getfile(Tokenizer), *sorted(Path(__file__).parent.glob("*.py"))
     work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations, *programs], tokenizer)
     if not work.is_dir():
         shutil.rmtree(home, ignore_errors=True)

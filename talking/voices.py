@@ -35,11 +35,6 @@ class Voice(NamedTuple):
     template: Template
 
 
-def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
-    """The model that the flags name, with its adapter, and its tokenizer and template."""
-    return load_voices(config)[-1][1:]
-
-
 def load_voices(config: GenerateConfig) -> list[Voice]:
     """The models that the flags name, asked as their run.json says: the base, or its adapter, or the base and its adapters.
 

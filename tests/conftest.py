@@ -17,10 +17,23 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before quant.py is imported: its kernels then run without a GPU, slowly
 
-from data import Tokenizer
-from generate import main
+from data import Template, Tokenizer, encode_dialog
+from generate import GenerateConfig, Sampling, generate, main, text_stream
 from lora import add_lora, lora_parameters, save_adapter
 from model import Llama, ModelConfig, load_model, save_hf, save_meta, to_hf
+from talking.voices import load_voices
+
+
+def load(config: GenerateConfig) -> tuple[Llama, Tokenizer, Template]:
+    """The model that the flags name, with its adapter, and its tokenizer and template."""
+    return load_voices(config)[-1][1:]
+
+
+def answer(model: Llama, tokenizer: Tokenizer, template: Template, dialog: list[dict], sampling: Sampling) -> str:
+    """The reply to a dialog that ends on a user's turn, alone: what every other way of asking must say as well."""
+    prompt, _ = encode_dialog(dialog, tokenizer, template)
+    tokens = generate(model, prompt, sampling, stop_tokens=(tokenizer.eos_id,))
+    return "".join(text_stream(tokenizer, tokens, (*template.stop, *sampling.stop)))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load
 from torch._dynamo.testing import CompileCounter
 
 import generate as generate_module
@@ -16,7 +17,7 @@ from data import TEMPLATES, DataError, encode_dialog
 from generate import (
     GenerateConfig,
     Sampling,
-    answer,
+    answers,
     compile_decoding,
     generate,
     generate_batch,
@@ -29,7 +30,6 @@ from lora import LoRAError, add_lora, load_adapter
 from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
 from quant import Int8Linear, NF4Linear
 from talking.cpu import CPULinear, order_for_cpu
-from talking.voices import load
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -404,20 +404,21 @@ def test_nothing_is_generated_after_a_stop_string(tokenizer):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_answer_asks_as_the_model_was_trained_and_writes_the_reply_as_it_is(tokenizer, monkeypatch, template):
+def test_a_question_is_asked_as_the_model_was_trained_and_the_reply_written_as_it_is(tokenizer, monkeypatch, template):
     """The model is stood in for by one that replies exactly what training would have it reply."""
     reply = "  def f():\n\treturn 1\n"
     dialog = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Code?"}]
     trained, _ = encode_dialog([*dialog, {"role": "assistant", "content": reply}], tokenizer, TEMPLATES[template])
 
-    def stand_in(model, prompt, sampling, *, stop_tokens):
-        assert trained[: len(prompt)] == prompt
+    def stand_in(model, prompts, sampling, *, stop_tokens, **_):
+        assert trained[: len(prompts[0])] == prompts[0]
         assert (sampling, stop_tokens) == (Sampling(max_new_tokens=9), (2,))
-        yield from (token for token in trained[len(prompt) :] if token not in stop_tokens)
+        yield from ((0, token) for token in trained[len(prompts[0]) :] if token not in stop_tokens)
 
-    monkeypatch.setattr(generate_module, "generate", stand_in)
-    text = "".join(answer(None, tokenizer, TEMPLATES[template], dialog, Sampling(max_new_tokens=9)))
-    assert text == TEMPLATES[template].assistant.format(assistant=reply.strip())
+    monkeypatch.setattr(generate_module, "generate_batch", stand_in)
+    asked, _ = encode_dialog(dialog, tokenizer, TEMPLATES[template])
+    ((text, count),) = answers(None, tokenizer, TEMPLATES[template], [asked], Sampling(max_new_tokens=9))
+    assert text == reply.strip() and count == len(trained) - len(asked) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load
 from torch import nn
 
 import generate as generate_script
@@ -35,7 +36,6 @@ from quant import (
     stochastic_round,
     triton,
 )
-from talking.voices import load
 from train import RunError, complete, train
 from weights.bitsandbytes import reordered
 

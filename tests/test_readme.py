@@ -22,10 +22,11 @@ import data
 import generate
 import memory
 import train
-from data import STAGES, TEMPLATES, DataConfig, load_template
+from data import TEMPLATES, load_template
 from generate import GenerateConfig
 from helping.flags import parse_flags
 from model import PRESETS, Llama, load_model, save_hf
+from preparing.commands import STAGES, DataConfig
 from preparing.readers import DATASETS
 from train import TrainConfig
 

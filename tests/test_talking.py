@@ -19,15 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import answer, load
 
 import generate as generate_module
 from data import DataError, read_dialogs
-from generate import GenerateConfig, Sampling, answer
+from generate import GenerateConfig, Sampling
 from lora import add_lora, lora_parameters, save_adapter
 from model import load_model, save_hf, to_hf
 from talking import chat
 from talking.chat import Reply, fit
-from talking.voices import Voice, load, load_voices
+from talking.voices import Voice, load_voices
 
 ROOT = Path(__file__).parents[1]
 PROMPT = [1, 17, 4, 93, 58, 21]
@@ -38,7 +39,7 @@ def said(voice: Voice, sampling, *messages) -> str:
     dialog = [{"role": "system", "content": messages[0]}] if messages[0] else []
     for i, message in enumerate(messages[1:]):
         dialog.append({"role": ("user", "assistant")[i % 2], "content": message})
-    return "".join(answer(voice.model, voice.tokenizer, voice.template, dialog, sampling))
+    return answer(voice.model, voice.tokenizer, voice.template, dialog, sampling)
 
 
 @pytest.fixture
@@ -319,7 +320,7 @@ def test_a_file_is_answered_in_its_order_and_the_answers_are_data(run, base, pro
         "prompts.jsonl, line 5",
     ]
     for line, dialog in zip(lines, asked, strict=True):
-        alone = "".join(answer(voice.model, voice.tokenizer, voice.template, dialog, Sampling(max_new_tokens=9))).strip()
+        alone = answer(voice.model, voice.tokenizer, voice.template, dialog, Sampling(max_new_tokens=9)).strip()
         assert line["messages"] == [*dialog, {"role": "assistant", "content": alone}]
     assert list(read_dialogs(tmp_path / "out.jsonl")) == [line["messages"] for line in lines]
     for size in (1, 3, 8):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import answer, load
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint import FileSystemReader
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 
 import train as train_script
 from data import TEMPLATES, PackedBatches, encode_documents
-from generate import GenerateConfig, Sampling, answer
+from generate import GenerateConfig, Sampling
 from lora import load_adapter
 from model import from_hf, load_model, read_config, save_hf, save_meta
 from running import checkpoint as checkpoint_script
@@ -33,7 +34,6 @@ from running.checkpoint import checkpoints
 from running.exam import Exam
 from running.reading import read_data
 from sizing.rehearsal import Memory, copied
-from talking.voices import load
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -290,7 +290,7 @@ def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
         replies = exam.ask()
         for dialog, reply in zip(exam.asked, replies, strict=True):
             limit = len(data.tokenizer.encode(dialog[-1]["content"])) + 8 if exact else 128
-            alone = "".join(answer(model, data.tokenizer, data.template, dialog[:-1], Sampling(max_new_tokens=limit)))
+            alone = answer(model, data.tokenizer, data.template, dialog[:-1], Sampling(max_new_tokens=limit))
             assert reply == alone.strip()
         assert len(set(replies)) > 5
 
