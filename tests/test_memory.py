@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory
-from data import parse_flags, with_tuples
+from helping.flags import parse_flags, with_tuples
 from memory import Block, Tracker, predict, timeline, watch
 from model import PRESETS, ModelConfig
 from sizing.advice import advice, cheaper, needed, sharded
