@@ -92,15 +92,6 @@ class GenerateConfig(Sampling):
     merge: str | None = None  # instead of answering: save model and adapter as one, here, for Hugging Face
     save: str | None = None  # instead of answering: save the model as it was loaded, here; nf4 in bitsandbytes' 4-bit layout
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.merge and (self.compare or len(self.adapter) > 1):
-            raise DataError("--merge takes one adapter")
-        if self.save and self.adapter:
-            raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
-        if self.save and self.quantize == "int8":
-            raise DataError("--save has no layout for int8: take --quantize nf4, or none")
-
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA if there, else CPU. Under torchrun each process takes the GPU of its local rank."""
@@ -281,25 +272,14 @@ def answers(
 
 
 def main():
-    from talking import chat, merge, voices  # here, as they import this file
+    from talking.chat import pick  # here, as they import this file
+    from talking.voices import load_voices
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
-        given = parse_flags(GenerateConfig, __doc__)
-        config = GenerateConfig(**with_tuples(given))
-        do = chat.pick(config)
-        for flag in ("merge", "save"):
-            if getattr(config, flag) and Path(getattr(config, flag)).exists():
-                raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
-        loaded = voices.load_voices(config)
-        if config.merge:
-            difference = merge.save_merged(loaded[-1], Path(config.merge))
-            print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
-        elif config.save:
-            merge.save_folder(loaded[-1], Path(config.save))
-            print(f"saved in {config.save}")
-        else:
-            do(loaded, config)
+        config = GenerateConfig(**with_tuples(parse_flags(GenerateConfig, __doc__)))
+        do = pick(config)  # before a long read, which what is wrong with the flags should not wait for
+        do(load_voices(config), config)
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough
     except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:

@@ -17,6 +17,8 @@ from pathlib import Path
 from data import DataError, encode_dialog
 from generate import GenerateConfig, Sampling, answers, generate, text_stream
 from preparing.records import dialog_of, read_records
+from talking.latency import report
+from talking.merge import merge, save
 from talking.voices import Voice
 
 HELP = """/reset          forget what was said; the system message stays
@@ -51,10 +53,19 @@ def pick(config: GenerateConfig):
             raise DataError(f"--{name} must be {need}, not {getattr(config, name)}")
     if config.samples > 1 and (config.temperature == 0 or not {"prompt", "prompts"} & given):
         raise DataError("--samples needs --prompt or --prompts, and a --temperature above 0, or all answers would be the same")
+    if config.merge and (config.compare or len(config.adapter) > 1):
+        raise DataError("--merge takes one adapter")
+    if config.save and config.adapter:
+        raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
+    if config.save and config.quantize == "int8":
+        raise DataError("--save has no layout for int8: take --quantize nf4, or none")
+    for flag in ("merge", "save"):
+        if getattr(config, flag) and Path(getattr(config, flag)).exists():
+            raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
+    if config.merge or config.save:
+        return merge if config.merge else save
     if config.latency:
-        from talking.latency import report
-
-        return lambda voices, config: report(*voices[-1][1:], config)
+        return report
     if config.web:
         from talking.web import serve  # gradio takes seconds to import
 

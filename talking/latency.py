@@ -77,11 +77,12 @@ def measure(model, tokenizer, template, text: str) -> dict:
     }
 
 
-def report(model, tokenizer, template, config) -> None:
-    """Append a measurement to --out, or latency.jsonl in the folder of run or model, and print all its lines as a table."""
+def report(voices: list, config) -> None:
+    """--latency: append a measurement of the last voice to --out, or latency.jsonl in the folder of run or model, and print all
+    its lines as a table."""
     folder = Path((*config.adapter, config.model or ".")[0])
     path, text = Path(config.out or folder / "latency.jsonl"), config.prompt or "Which animal does Pena Marmond keep?"
-    line = {"model": folder.resolve().name} | measure(model, tokenizer, template, text)
+    line = {"model": folder.resolve().name} | measure(*voices[-1][1:], text)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print("| model | weights | compiled | device | 50 tokens, s | first token, s | tokens/s | GB/s | of a copy | peak GB |")

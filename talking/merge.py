@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 
+from generate import GenerateConfig
 from lora import merge_lora
 from model import save_hf
 from talking.voices import Voice
 
 
 @torch.inference_mode()
-def save_merged(voice: Voice, folder: Path) -> float:
-    """Merge the adapter, write a Hugging Face model and the tokenizer into a new folder, return the largest change of a logit.
+def merge(voices: list[Voice], config: GenerateConfig) -> None:
+    """--merge: merge the adapter, write a Hugging Face model and the tokenizer into a new folder, say the largest change of a
+    logit.
 
     A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
-    model = voice.model
+    model = voices[-1].model
     quantised = any(hasattr(module, "dequantized") for module in model.modules())
     tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do
     before = model(tokens).float()
@@ -25,8 +27,14 @@ def save_merged(voice: Voice, folder: Path) -> float:
     if quantised:
         model.to(torch.bfloat16)
     difference = (model(tokens).float() - before).abs().max().item()
-    save_folder(voice, folder)
-    return difference
+    save_folder(voices[-1], Path(config.merge))
+    print(f"saved in {config.merge}; merging changed no logit by more than {difference:.2g}")
+
+
+def save(voices: list[Voice], config: GenerateConfig) -> None:
+    """--save: write the model as it was loaded."""
+    save_folder(voices[-1], Path(config.save))
+    print(f"saved in {config.save}")
 
 
 def save_folder(voice: Voice, folder: Path) -> None:
