@@ -4,7 +4,7 @@
 
 A dialog is a list of messages, {"role": "system" | "user" | "assistant", "content": "..."}; raw text is one message of role
 "text". A template says how a dialog is written out as text, and each piece is tokenised by itself, so it is known, not
-searched for afterwards, which tokens are the reply. Only those train: labels repeat the ids where the model is to learn, and
+searched for afterwards, which tokens are the reply. Only those train: labels repeat the ids where a token is supervised, and
 are -100 elsewhere. With the llama2 template:
 
     ids      <s>  [INST]  Where ...  [/INST]   Mira  lives  in  Oakford  .  </s>
@@ -38,8 +38,8 @@ import torch
 from preparing.readers import DataError, own_template
 from preparing.records import read_dialogs  # noqa: F401  a public door of this file
 
-IGNORE = -100  # the label of a token that is read but not learned; the value cross_entropy skips
-PAD_ID = 0  # fills the tail of a row: Llama 2's <unk>, never the end token, and never learned
+IGNORE = -100  # the label of a token that is read but not supervised; the value cross_entropy skips
+PAD_ID = 0  # fills the tail of a row: Llama 2's <unk>, never the end token, and never supervised
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Piece(NamedTuple):
 
     text: str
     begins: bool  # opened by <s>
-    reply: bool  # learned, and ended by </s>
+    reply: bool  # supervised, and ended by </s>
 
 
 def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
@@ -175,7 +175,7 @@ def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
 def encode_dialog(dialog: list[dict], tokenizer: Tokenizer, template: Template, train_on_inputs: bool = False):
     """A dialog as (ids, labels), two lists of the same length; labels are ids where the model learns and -100 elsewhere.
 
-    Every assistant turn is learned, its end token included; with train_on_inputs everything is, as raw text always is."""
+    Every assistant turn is supervised, its end token included; with train_on_inputs everything is, as raw text always is."""
     pieces = write_dialog(dialog, template)
     return _joined(pieces, tokenizer.encode_all([piece.text for piece in pieces]), tokenizer, train_on_inputs)
 
@@ -266,7 +266,7 @@ def pack(sizes, row_tokens: int, order) -> list[array]:
     return rows
 
 
-def count_learned(labels: np.ndarray) -> int:
+def count_supervised(labels: np.ndarray) -> int:
     return int(np.count_nonzero(labels[1:] != IGNORE))  # nothing predicts the first
 
 
@@ -280,7 +280,7 @@ class PackedBatches:
         self.documents, self.row_tokens, self.seed, self.shuffle = documents, row_tokens, seed, shuffle
         in_memory = not hasattr(documents, "sizes")  # a file of tokens knows both
         self.sizes = [len(ids) for ids, _ in documents] if in_memory else documents.sizes
-        self.supervised = [count_learned(labels) for _, labels in documents] if in_memory else documents.supervised
+        self.supervised = [count_supervised(labels) for _, labels in documents] if in_memory else documents.supervised
         order = np.random.default_rng(seed).permutation(len(documents)) if shuffle else range(len(documents))
         self.rows = pack(self.sizes, row_tokens, order)
         self.order = None

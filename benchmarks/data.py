@@ -124,9 +124,9 @@ def tokenising(path: str, tokenizer_path: str, n: int, length: int = 2048) -> No
 def packing(path: str, tokenizer_path: str, length: int = 2048) -> None:
     documents, _ = encode_documents(read_dialogs(path), Tokenizer(tokenizer_path), TEMPLATES["llama2"], max_length=length)
     sizes = np.array([len(ids) for ids, _ in documents])
-    learned = sum(int((labels[1:] != -100).sum()) for _, labels in documents) / sizes.sum()
+    supervised = sum(int((labels[1:] != -100).sum()) for _, labels in documents) / sizes.sum()
     packed = sizes.sum() / (len(PackedBatches(documents, length)) * length)
-    print(f"\nthe file once, rows of {length:,}: {packed:.1%} real tokens; {learned:.1%} of them learned")
+    print(f"\nthe file once, rows of {length:,}: {packed:.1%} real tokens; {supervised:.1%} of them supervised")
     shuffled = np.random.default_rng(0).permutation(sizes)
     for batch in (4, 8, 32):
         padded = sizes.sum() / sum(part.max() * len(part) for part in np.split(shuffled, range(batch, len(sizes), batch)))

@@ -33,7 +33,7 @@ from model import PRESETS, ModelConfig, random_model, save_hf  # noqa: E402
 
 
 def documents_of(options) -> list[tuple[list[int], list[int]]]:
-    """(tokens, labels) of each document; labels are tokens, or -100 where nothing is learned."""
+    """(tokens, labels) of each document; labels are tokens, or -100 where nothing is supervised."""
     if options.data:
         tokenizer = Tokenizer(options.tokenizer)
         dialogs = list(read_dialogs(options.data))
@@ -109,8 +109,8 @@ def their_step(options):
         documents = [rows.documents[i] for i in shuffled[first : first + options.sequences]]
         longest = max(len(tokens) for tokens, _ in documents)
         ids, labels, mask = (torch.full((len(documents), longest), fill) for fill in (0, -100, 0))
-        for i, (tokens, learned) in enumerate(documents):
-            ids[i, : len(tokens)], labels[i, : len(tokens)] = torch.tensor(tokens), torch.tensor(learned)
+        for i, (tokens, wanted) in enumerate(documents):
+            ids[i, : len(tokens)], labels[i, : len(tokens)] = torch.tensor(tokens), torch.tensor(wanted)
             mask[i, : len(tokens)] = 1
         padded = {} if mask.all() else {"attention_mask": mask}
         return {"input_ids": ids, "labels": labels, **padded}, int(mask.sum())

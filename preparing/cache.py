@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import IGNORE, Tokenizer, count_learned
+from data import IGNORE, Tokenizer, count_supervised
 
 CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
 
@@ -63,7 +63,7 @@ def write_tokens(folder: Path, documents, fates: Counter) -> None:
         for ids, labels in documents:
             np.where(labels == IGNORE, ~ids, ids).tofile(file)
             ends.append(len(ids) + (ends[-1] if ends else 0))
-            supervised.append(count_learned(labels))
+            supervised.append(count_supervised(labels))
     np.save(folder / "ends.npy", np.array(ends, np.int64))
     np.save(folder / "supervised.npy", np.array(supervised, np.int64))
     (folder / "fates.json").write_text(json.dumps(fates))

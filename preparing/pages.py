@@ -33,15 +33,15 @@ def template_for(config: DataConfig, paths) -> Template:
 
 
 def show(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
-    """The first n records as the model will see them: piece and id, what is learned in green (or with a * before it)."""
+    """The first n records as the model will see them: piece and id, what is supervised in green (or with a * before it)."""
     paths, colour = [path for path, _ in inputs], sys.stdout.isatty()
     template = template_for(config, paths)
     for record in islice(read_all(config, paths), config.n):
         ids, labels = encode_dialog(record.dialog, tokenizer, template)
-        learned = [label != IGNORE for label in labels]
-        print(f"--- {record.origin}: {len(ids)} tokens, {sum(learned)} learned ({'green' if colour else '*'})", end="")
+        supervised = [label != IGNORE for label in labels]
+        print(f"--- {record.origin}: {len(ids)} tokens, {sum(supervised)} supervised ({'green' if colour else '*'})", end="")
         width = 119
-        for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, learned, strict=True)):
+        for i, (piece, token, green) in enumerate(zip(tokenizer.pieces.id_to_piece(ids), ids, supervised, strict=True)):
             text = f"{'*' if green and not colour else ''}{piece}:{token} "
             if i == config.model_max_length:
                 print(f"\n--- cut here, at {i} tokens (--model_max_length)", end="")
@@ -54,14 +54,14 @@ def show(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
 
 
 def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
-    """Records, turns, tokens per part, lengths, share learned, exact duplicates, what would be cut, packing against padding."""
+    """Records, turns, tokens per part, lengths, share supervised, exact duplicates, what is cut, packing against padding."""
     sizes, seen, parts, counts, limit = array("i"), set(), Counter(), Counter(), config.model_max_length
     paths = [path for path, _ in inputs]
     template = template_for(config, paths)
     for record in read_all(config, paths):
         ids, labels = encode_dialog(record.dialog, tokenizer, template)
         sizes.append(len(ids))
-        counts["learned"] += sum(label != IGNORE for label in labels)
+        counts["supervised"] += sum(label != IGNORE for label in labels)
         counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
         seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
         for message in record.dialog:
@@ -69,7 +69,7 @@ def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     n, total = len(sizes), sum(sizes)
     parts["template"] = total - sum(parts.values())
     print(f"{n:,} records, {n - len(seen):,} of them exact duplicates; {counts['turns']:,} turns")
-    print(f"{total:,} tokens, {counts['learned'] / total:.1%} learned:", end=" ")
+    print(f"{total:,} tokens, {counts['supervised'] / total:.1%} supervised:", end=" ")
     print(*(f"{part} {count:,} ({count / total:.1%})" for part, count in parts.items()), sep=", ")
     edges = [0, *(2**i for i in range(4, max(sizes).bit_length() + 1))]
     heights = np.histogram(sizes, edges)[0]

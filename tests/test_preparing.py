@@ -370,15 +370,15 @@ def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
 # show and stats
 
 
-def test_show_marks_what_is_learned_with_its_ids_and_where_it_is_cut(run, tokenizer):
+def test_show_marks_what_is_supervised_with_its_ids_and_where_it_is_cut(run, tokenizer):
     run.write("a.jsonl", [dialog("Where?", "In Oakford."), dialog("b", "c")])
     printed = run("show", "a.jsonl", n=1, model_max_length=12)
-    shown = re.findall(r"(\*?)([^\s:]+):(\d+)(?= )", printed.split("learned (*)\n")[1])
+    shown = re.findall(r"(\*?)([^\s:]+):(\d+)(?= )", printed.split("supervised (*)\n")[1])
     ids, labels = data.encode_dialog(dialog("Where?", "In Oakford."), tokenizer, data.TEMPLATES["llama2"])
     assert [int(i) for _, _, i in shown] == ids
     assert [star == "*" for star, _, _ in shown] == [label != data.IGNORE for label in labels]
     before, after = printed.split("\n--- cut here, at 12 tokens (--model_max_length)\n")
-    assert before.count(":1") and len(re.findall(r":\d+ ", before.split("learned (*)\n")[1])) == 12
+    assert before.count(":1") and len(re.findall(r":\d+ ", before.split("supervised (*)\n")[1])) == 12
     assert printed.startswith("template llama2: by the records' fields")
     assert after.rstrip().endswith("--- end of document") and "line 2" not in printed
 
