@@ -20,7 +20,7 @@ import random
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -157,31 +157,39 @@ def compile_decoding(model: Llama) -> Llama:
 
 
 @contextmanager
-def _cache(model: Llama, sequences: int, room: int):
-    """An empty cache. For compiled steps that of the last answer where it fits, as a graph knows its addresses."""
+def _cache(model: Llama, prompts: list[list[int]], room: int, keep: bool):
+    """(a cache, a list of the ids it has read): none yet, or with `keep` what the last answer's has in common with this prompt.
+    The caller adds to them. Compiled steps take the last cache too, where it fits: a graph knows its addresses."""
     static = hasattr(model, "compiled_step")
-    if static:  # so that answers of other lengths find the same shapes
+    if static or keep:  # so that answers of other lengths find the same shapes
         room = min(model.config.max_seq_len, max(256, 1 << (room - 1).bit_length()))
-    cache = model.__dict__.pop("free_cache", None)  # nobody else can have it meanwhile
-    if not cache or cache.keys.shape[1:4:2] != (sequences, room):
-        cache = KVCache(model.config, room, model.device, model.norm.weight.dtype, sequences, static)
+    last, ids = model.__dict__.pop("free_cache", (None, []))  # nobody else can have it meanwhile
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompts[0][:-1], strict=False))  # an answer begins by reading one
+    ids = [token for token, _ in alike] if keep else []
+    if last and last.keys.shape[1:4:2] == (len(prompts), room):
+        cache = last
+    else:
+        cache, begun = KVCache(model.config, room, model.device, model.norm.weight.dtype, len(prompts), static), len(ids)
+        if begun:
+            cache.keys[..., :begun, :], cache.values[..., :begun, :] = last.keys[..., :begun, :], last.values[..., :begun, :]
     try:
-        cache.lengths.zero_()
-        yield cache
+        cache.lengths.fill_(len(ids))
+        yield cache, ids
     finally:
-        if static:
-            model.free_cache = cache
+        if static or keep:
+            model.free_cache = cache, ids[: int(cache.lengths[0])] if keep else []
 
 
 @torch.no_grad()  # not inference_mode: FSDP would keep what it gathers here as tensors that training cannot use
 def generate_batch(
-    model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), streams=None, finished: set | None = None
+    model: Llama, prompts: list[list[int]], sampling: Sampling, *, stop_tokens=(), streams=None, finished=None, keep=False
 ):
     """Continue several prompts (lists of token ids) together: yield (index of the prompt, token id) as the tokens come.
 
     A sequence ends before any of stop_tokens, after sampling.max_new_tokens, at the end of the model's window, or when the
-    caller puts its index into `finished`; there the indices are found of those that ended. What is said in one sequence does
-    not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names a stream for each.
+    caller puts its index into the set `finished`; there the indices are found of those that ended. What is said in one sequence
+    does not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names one for each.
+    keep, with one prompt: its cache is kept for the next, of which then only what is new is read, as in a chat.
     Raises DataError if a prompt is empty, or fills the model's window alone."""
     window, finished = model.config.max_seq_len, set() if finished is None else finished
     for prompt in prompts:
@@ -198,15 +206,18 @@ def generate_batch(
         row[prompt] = True
     room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     step = getattr(model, "compiled_step", None)
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    borders = torch.tensor([0, *accumulate(len(prompt) for prompt in prompts)], dtype=torch.int32, device=device)
     active = list(range(len(prompts)))  # whose sequence each row of the cache is
-    with _cache(model, len(prompts), room) as cache:
+    with _cache(model, prompts, room, keep) as (cache, ids):
+        unread = [prompts[0][len(ids) :], *prompts[1:]]
+        tokens = torch.tensor([token for prompt in unread for token in prompt], device=device)
+        borders = torch.tensor([0, *accumulate(len(prompt) for prompt in unread)], dtype=torch.int32, device=device)
+        ids += unread[0]
         for n in range(max(limits)):
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
             for index, token in zip(list(active), tokens.tolist(), strict=True):
+                ids.append(token)
                 if token in stop_tokens:
                     finished.add(index)
                 elif index not in finished:
@@ -229,9 +240,9 @@ def generate_batch(
             borders = torch.arange(len(active) + 1, dtype=torch.int32, device=device)
 
 
-def generate(model: Llama, prompt_tokens, sampling: Sampling, *, stop_tokens=()):
+def generate(model: Llama, prompt_tokens, sampling: Sampling, *, stop_tokens=(), keep=False):
     """Yield the token ids that continue prompt_tokens (a list of ids); see generate_batch, whose sequence 0 this is."""
-    for _, token in generate_batch(model, [list(prompt_tokens)], sampling, stop_tokens=stop_tokens):
+    for _, token in generate_batch(model, [list(prompt_tokens)], sampling, stop_tokens=stop_tokens, keep=keep):
         yield token
 
 

@@ -105,7 +105,7 @@ class Reply:
         self.prompt, self.left_out = fit(dialog, voice, sampling.max_new_tokens)
         self.voice, self.window = voice, voice.model.config.max_seq_len
         self.stop = (*voice.template.stop, *sampling.stop)
-        self.stream = through(generate(voice.model, self.prompt, sampling, stop_tokens=(voice.tokenizer.eos_id,)))
+        self.stream = through(generate(voice.model, self.prompt, sampling, stop_tokens=(voice.tokenizer.eos_id,), keep=True))
         self.text, self.tokens, self.seconds = "", 0, 0.0
 
     def __iter__(self):

@@ -148,6 +148,35 @@ def test_a_sequence_that_ends_leaves_and_the_others_go_on(tiny_llama):
     assert finished == set(range(5))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_chat_reads_only_what_is_new_and_says_what_it_would_have_said(tiny_llama, monkeypatch, compiled):
+    """Its answers are stopped, its last question is changed once, its cache grows, and others are answered in between."""
+    model, read, forward = tiny_llama(max_seq_len=600), [], Llama.forward
+
+    def counting(self, tokens, *args, **how):
+        read.append(len(tokens))
+        return forward(self, tokens, *args, **how)
+
+    monkeypatch.setattr(Llama, "forward", counting)
+    if compiled:
+        monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+        compile_decoding(model)
+    history, known, sampling = [*PROMPTS[2]], 0, Sampling(max_new_tokens=12, temperature=1.0)
+    for turn in range(6):
+        alone = list(generate(tiny_llama(max_seq_len=600), history, sampling))
+        read.clear()
+        said = [token for _, token in zip(range(12 - turn), generate(model, history, sampling, keep=True), strict=False)]
+        assert said == alone[: 12 - turn] and read == [len(history) - known] + [1] * (len(said) - 1)
+        known = len(history) + len(said) - 1  # the last that was said was not read
+        history = [*history, *said, *range(3, 90)]
+        if turn == 2:
+            known -= len(said) + 4
+            history = [*history[:known], *range(90, 60, -1)]
+        if turn == 4:
+            assert together(model, PROMPTS, 5) == [say(tiny_llama(max_seq_len=600), prompt, 5) for prompt in PROMPTS]
+            known = 0
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tiny_llama, monkeypatch, how):
     """The whole step is captured, sampling included, once for all answers to as many prompts: nothing is compiled again."""
@@ -157,11 +186,11 @@ def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tin
     torch.compiler.reset()
     compile_decoding(model)
     assert [together(model, PROMPTS[:3], n, **how) for n in (40, 9)] == plain
-    cache = model.free_cache
+    cache, _ = model.free_cache
     stop, finished = plain[0][0][5], set()
     for index, token in generate_batch(model, PROMPTS[:3], Sampling(max_new_tokens=40, **how), stop_tokens=(stop,)):
         finished.add((index, token))
-    assert all(token != stop for _, token in finished) and model.free_cache is cache
+    assert all(token != stop for _, token in finished) and model.free_cache[0] is cache
     next(answers := generate_batch(model, PROMPTS[:3], Sampling(**how)))
     next(generate_batch(model, PROMPTS[:3], Sampling(**how)))  # at the same time: a cache of its own
     assert counter.frame_count == 1
