@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import closing
 from functools import partial
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: gradio reads it there
@@ -93,7 +94,7 @@ def answer(desk: Desk, voices: list[Voice], turns: list, question: str, system: 
 
 def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
     """The page. What was said is kept on the server for each open page; the browser is only shown it."""
-    desk = Desk()
+    desk, stopped = Desk(), {}  # by open page: an event, set when its answer is to stop
 
     def shown(turns, counts=(), busy=False, box=""):
         """The values of `outputs` below."""
@@ -106,27 +107,37 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
         free = [gr.update(interactive=not busy)] * 4
         return [turns, box, gr.update(interactive=busy), *free, *chats, *(counts or [""] * len(voices))]
 
-    def ask(turns, question, system, *settings, tries=0):
+    def ask(request: gr.Request, turns, question, system, *settings, tries=0):
         kinds = {name: type(getattr(config, name)) for name in SETTINGS}
+        stop = stopped[request.session_hash] = threading.Event()
         try:
             if not question.strip():
                 raise DataError("there is nothing to answer")
             given = {name: kinds[name](value) for name, value in zip(SETTINGS, settings, strict=True)}
             sampling = Sampling(**given | {"seed": given["seed"] + tries, "stop": config.stop})
             yield shown([*turns, (question, [""] * len(voices), tries)], busy=True)
-            for turns_now, counts in answer(desk, voices, turns, question, system, sampling, tries):
-                yield shown(turns_now, counts, busy=True)
+            with closing(answer(desk, voices, turns, question, system, sampling, tries)) as growing:
+                for turns_now, counts in growing:
+                    if stop.is_set():  # what was said until then stays
+                        break
+                    yield shown(turns_now, counts, busy=True)
             yield shown(turns_now, counts)
         except (DataError, TypeError, ValueError) as error:
             gr.Warning(str(error))
             yield shown(turns, box=question)
+        finally:
+            stopped.pop(request.session_hash, None)
 
-    def regenerate(turns, _, *settings):
+    def stop_answer(request: gr.Request):
+        if request.session_hash in stopped:
+            stopped[request.session_hash].set()
+
+    def regenerate(request: gr.Request, turns, _, *settings):
         if not turns:
             yield shown(turns)
             return
         question, _, tries = turns[-1]
-        yield from ask(turns[:-1], question, *settings, tries=tries + 1)
+        yield from ask(request, turns[:-1], question, *settings, tries=tries + 1)
 
     with gr.Blocks(title="nanotune", analytics_enabled=False) as blocks:
         turns = gr.State([])
@@ -157,13 +168,10 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
         outputs = [turns, box, stop, send, again, undo, clear, *chats, *counts]
         inputs = [turns, box, system, *settings]
         model = {"concurrency_limit": TOGETHER, "concurrency_id": "model", "show_progress": "hidden"}
-        talking = [
-            gr.on([box.submit, send.click], ask, inputs, outputs, api_visibility="undocumented", **model),
-            again.click(regenerate, inputs, outputs, api_visibility="undocumented", **model),
-        ]
+        gr.on([box.submit, send.click], ask, inputs, outputs, api_visibility="undocumented", **model)
+        again.click(regenerate, inputs, outputs, api_visibility="undocumented", **model)
         quick = {"api_visibility": "private", "show_progress": "hidden"}
-        # What was said until then stays: only the buttons change.
-        stop.click(lambda: shown([])[2:7], None, outputs[2:7], cancels=talking, **quick)
+        stop.click(stop_answer, None, None, **quick)
         undo.click(lambda turns: shown(turns[:-1], box=turns[-1][0] if turns else ""), turns, outputs, **quick)
         gr.on([clear.click, *(chat.clear for chat in chats)], partial(shown, []), None, outputs, **quick)
     return blocks.queue(max_size=WAITING, api_open=False)
