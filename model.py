@@ -11,8 +11,9 @@ and a model is an embedding, n_layers blocks, a last norm and a head ("Llama 2",
 Reading one token costs about two FLOPs a weight.
 
 Three choices keep this file short:
-  * One stream. The model reads a single row of T tokens that holds whole documents end to end. `cu_seqlens` says where each
-    begins; attention never crosses a border and positions restart there. So there is no padding and no batch axis.
+  * One stream. The model reads a single row of T tokens that holds whole documents end to end. `cu_seqlens`, their cumulative
+    lengths, says where each begins; attention never crosses a border and positions restart there. So there is no padding and no
+    batch axis.
   * Meta's names (tok_embeddings, attention.wq, feed_forward.w1, ...) are the names of the modules: Meta's files load as they are.
     `from_hf` and `to_hf` (weights/names.py) hold all that differs in Hugging Face's files.
   * What knows file formats stands in weights/ and comes in through the last lines: `load_model` and `read_config`

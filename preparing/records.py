@@ -116,9 +116,13 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         raise DataError(f"expected a record with named fields, found {type(record).__name__}")
 
     def text(field):
-        if not isinstance(record.get(field), str):
-            found = "nothing" if record.get(field) is None else type(record[field]).__name__
-            raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {', '.join(map(str, record))}")
+        here = ", ".join(map(str, record))
+        if field not in record:
+            hint = "; are its columns parted by commas?" if len(record) == 1 and re.search("[;\t]", here) else ""
+            raise DataError(f"there is no field {field!r}; fields here: {here}{hint}")
+        if not isinstance(record[field], str):
+            found = "nothing" if record[field] is None else type(record[field]).__name__
+            raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {here}")
         return record[field]
 
     def pair(prompt, reply, before=None, **more):

@@ -206,8 +206,11 @@ class Preparation:
         def wrong(record):
             template = self.template or choose_template([record.kind], None)[0]
             tokens = len(encode_dialog(record.dialog, self.tokenizer, template)[0])
-            long, short = tokens > self.config.model_max_length, tokens < self.config.min_tokens
-            return "too long" if long else "too short" if short else None
+            if tokens > self.config.model_max_length:
+                return f"longer than the {self.config.model_max_length} tokens of --model_max_length"
+            return (
+                f"shorter than the {self.config.min_tokens} tokens of --min_tokens" if tokens < self.config.min_tokens else None
+            )
 
         return self.without(wrong)
 

@@ -211,6 +211,8 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
                 question, before, tries = line.strip(), turns, 0
                 if word == "/regenerate":
                     question, before, tries = turns[-1][0], turns[:-1], turns[-1][2] + 1
+                    if config.temperature == 0:
+                        note("(at --temperature 0 the likeliest answer, again)")
                 sampling = replace(config, seed=config.seed + tries)
                 texts = [""] * len(voices)
                 turns = [*before, (question, texts, tries)]  # now: a second Ctrl-C may come at any moment

@@ -809,7 +809,11 @@ def test_source_without_target_and_a_column_that_is_not_there_are_refused(write)
     assert "give both or neither" in refusal(path, source="prompt")
     assert "give both or neither" in refusal(path, target="response")
     message = refusal(path, source="question", target="response")
-    assert message == f"{path}, line 1: field 'question' should hold text and holds nothing; fields here: prompt, response"
+    assert message == f"{path}, line 1: there is no field 'question'; fields here: prompt, response"
+    path = write("a.csv", "prompt;response\nHi;Yes\n")
+    assert refusal(path, source="prompt", target="response").endswith(
+        "fields here: prompt;response; are its columns parted by commas?"
+    )
 
 
 def test_a_cut_gz_and_a_gz_that_is_none_are_refused(write):

@@ -192,7 +192,7 @@ def test_every_record_is_written_or_counted_and_the_same_seed_writes_the_same(ru
         "malformed",
         "broken encoding",
         "no reply",
-        "too long",
+        "longer than the 2000 tokens of --model_max_length",
         "exact duplicate",
         "near-duplicate",
         "shares 13 words",
