@@ -62,6 +62,16 @@ def check(config) -> None:
             raise RunError(sentence)
 
 
+def check_processes(config, world: int) -> None:
+    """Raise RunError for settings that so many processes cannot have."""
+    if config.fsdp and world == 1:
+        raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
+    if config.hsdp and world % config.hsdp:
+        raise RunError(f"--hsdp {config.hsdp}: {world} processes are not whole groups of {config.hsdp}")
+    if config.optimizer_in_backward and world > 1 and not config.fsdp:
+        raise RunError("--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has")
+
+
 # What may differ when a run is resumed: nothing that changes the losses.
 FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
 FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}

@@ -13,6 +13,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def saved(folder) -> dict:
     tensors = {name: torch.empty(shape) for name, shape in state["shapes"].items()}
     dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return state | {"weights": {name.removeprefix("weights."): x for name, x in tensors.items()}}
+
+
+def taken_back(folder, step) -> Path:
+    """The folder of a run that is finished, as if it had been killed soon after a step: without what it left then."""
+    for later in checkpoints(folder):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(later)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return folder
 
 
 def losses(rows):
@@ -395,8 +406,7 @@ def test_the_checkpoint_before_the_first_step_resumes_too(base):
     """Found by killing: that checkpoint knew nothing of an optimizer, and a run killed before its second one could not go on;
     later, that it could, but was evaluated once more, so that the log had two rows of step 0."""
     whole = run(base, save_total_limit=0, eval_data=[str(base / "held.jsonl")])
-    for checkpoint in checkpoints(base / "run")[1:]:
-        subprocess.run(["rm", "-r", str(checkpoint)], check=True)
+    taken_back(base / "run", 0)
     assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0"]
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
     assert resumed == whole == log_of(base / "run")
@@ -499,8 +509,7 @@ def test_8_bit_moments_of_shards_give_nearly_the_run_of_one_and_resume_to_the_bi
     one = run(base, "one", gradient_accumulation_steps=2, **more)
     sharded = together(base, "two", 2, fsdp=True, **more)
     assert losses(sharded) == pytest.approx(losses(one), rel=1e-2)
-    subprocess.run(["rm", "-r", str(base / "two" / "checkpoint-6")], check=True)
-    resume = [str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "two")]
+    resume = [str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(taken_back(base / "two", 3))]
     result = in_a_process([sys.executable, *resume, "--fsdp", "False"])
     assert result.returncode == 2 and "has its 8-bit moments in other shards: resume it on as many" in result.stderr
     result = in_a_process([*torchrun(2), *resume])
@@ -548,7 +557,7 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
         together(base, "moved", 2, fsdp=True, **more)
     else:
         run(base, "moved", gradient_accumulation_steps=2, **more)
-    subprocess.run(["rm", "-r", str(base / "moved" / "checkpoint-6")], check=True)
+    taken_back(base / "moved", 3)
     launcher = torchrun(2) if resumed_by == 2 else (sys.executable,)
     words = [*launcher, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "moved"), "--fsdp"]
     result = in_a_process([*words, str(resumed_by == 2)])
@@ -558,7 +567,7 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
 
 def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
     run(base, gradient_accumulation_steps=3)
-    words = [*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")]
+    words = [*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(taken_back(base / "run", 4))]
     result = in_a_process(words)
     assert result.returncode != 0 and "has 3 rows, which 2 processes cannot share" in result.stderr
 
@@ -642,7 +651,6 @@ def test_the_optimizer_in_backward_of_shards_gives_the_run_of_one(base):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"fsdp": True}, "--fsdp shares a model out over several processes: torchrun"),
         ({"cpu_offload": True}, "--cpu_offload is a part of --fsdp True"),
         ({"hsdp": 2}, "--hsdp is a part of --fsdp True"),
         ({"optimizer_in_backward": True}, "never has the whole gradient: it needs --max_grad_norm 0"),
@@ -650,6 +658,21 @@ def test_the_optimizer_in_backward_of_shards_gives_the_run_of_one(base):
     ],
 )
 def test_combinations_that_cannot_be_are_refused(base, more, sentence):
+    with pytest.raises(RunError, match=sentence):
+        run(base, **more)
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "sentence"),
+    [
+        (1, {"fsdp": True}, "--fsdp shares a model out over several processes: torchrun"),
+        (8, {"fsdp": True, "hsdp": 3}, "--hsdp 3: 8 processes are not whole groups of 3"),
+        (2, {"optimizer_in_backward": True, "max_grad_norm": 0.0}, "--optimizer_in_backward needs one process, or --fsdp True"),
+    ],
+)
+def test_settings_for_other_processes_are_refused_before_the_data_is_read(base, processes, more, sentence, monkeypatch):
+    (base / "data.jsonl").write_text("{")
+    monkeypatch.setattr(train_script, "Workers", lambda _: SimpleNamespace(world=processes))
     with pytest.raises(RunError, match=sentence):
         run(base, **more)
 
@@ -662,6 +685,37 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
         complete({"resume": True, "output_dir": str(base / "nowhere")})
     again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
     assert again.logging_steps == 3 and again.model_max_length == 64
+
+
+def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys):
+    """Nor by torchrun --max-restarts, if a rank dies after the first has written all. The last checkpoint is of step 4 of 5."""
+    rows = run(base, max_steps=5, save_steps=4)
+    held = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
+    for more in ({"resume": True}, {"resume": True, "logging_steps": 3}, flags(base, max_steps=5, save_steps=4)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("TORCHELASTIC_RESTART_COUNT", str(int("resume" not in more)))
+            assert without_times(train(complete(more | {"output_dir": str(base / "run")}))) == rows
+        assert "run holds the finished run, nothing is left to do" in capsys.readouterr().out.splitlines()[-1]
+    result = in_a_process([sys.executable, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")])
+    assert result.returncode == 0 and result.stdout.count("\n") == 1 and not result.stderr
+    assert held == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
+    taken_back(base / "run", 4)  # the model was removed: the last step is done again
+    assert without_times(train(complete({"resume": True, "output_dir": str(base / "run")}))) == rows
+    assert (base / "run" / "adapter_model.safetensors").read_bytes() == held[base / "run" / "adapter_model.safetensors"][1]
+
+
+def test_a_run_killed_between_its_last_save_and_its_last_word_is_ended_by_resume(base, monkeypatch):
+    more = {"eval_data": [str(base / "held.jsonl")], "exact_match": True}
+    whole = run(base, "whole", **more)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Exam, "report", killed)
+        run(base, **more)
+    assert (base / "run" / "adapter_model.safetensors").exists() and log_of(base / "run") != whole
+    assert without_times(train(complete({"resume": True, "output_dir": str(base / "run")}))) == whole == log_of(base / "run")
 
 
 def test_a_model_that_is_no_runs_is_never_written_over(base, tiny_llama):
@@ -737,9 +791,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stands(
 def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(base, background):
     """The limit on a file's size stands for the full disk: the system refuses to write past it, in the middle of the file."""
     run(base, max_steps=8, save_steps=4)
-    before = {path: path.read_bytes() for path in (base / "run" / "checkpoint-4").iterdir()}
-    for left in ("checkpoint-8",):
-        subprocess.run(["rm", "-r", str(base / "run" / left)], check=True)
+    before = {path: path.read_bytes() for path in (taken_back(base / "run", 4) / "checkpoint-4").iterdir()}
     program = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192));"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -908,10 +960,10 @@ def change_state(folder, **fields):
 )
 def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(base, harm, sentence):
     whole = run(base, max_steps=6)
-    harm(base / "run" / "checkpoint-6")
+    harm(taken_back(base / "run", 6) / "checkpoint-6")
     with pytest.raises(RunError, match=sentence):
         train(complete({"resume": True, "output_dir": str(base / "run")}))
-    subprocess.run(["rm", "-r", str(base / "run" / "checkpoint-6")], check=True)
+    taken_back(base / "run", 4)
     assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == losses(whole)
 
 
@@ -931,6 +983,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(ba
         ({"exact_match": True}, "--exact_match needs held-out records"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end needs held-out data"),
         ({"resume": True}, "nothing to resume"),
+        ({"fsdp": True, "data": "/nowhere.jsonl"}, "--fsdp shares a model out over several processes: torchrun"),
     ],
 )
 def test_a_users_mistake_gets_one_sentence_and_exit_code_2(base, more, message, capsys, monkeypatch):
