@@ -51,7 +51,7 @@ from running.folder import Log, begin_folder, check_start, describe, finish_fold
 from running.plan import make_plan
 from running.reading import Data, read_data
 from running.settings import RunError, check, completed
-from running.workers import NotFinite, Stopped, StopSignal, Workers, packed_together, whole
+from running.workers import NotFinite, Stopped, StopSignal, Workers, packed_together, restarts, whole
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TrainConfig:
 
 def complete(given: dict) -> TrainConfig:
     """The settings of a run from the flags given; what they leave open is a default or, with --resume, the run's own."""
-    return TrainConfig(**completed(given, TrainConfig))
+    return TrainConfig(**completed(given, TrainConfig, restarts() > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,9 +77,9 @@ FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_s
 FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}
 
 
-def completed(given: dict, defaults) -> dict:
+def completed(given: dict, defaults, restarted: bool = False) -> dict:
     """What is not said by the flags given: with --resume what the run was started with, without --data the embedded default's
-    held-out questions. defaults: the class train.TrainConfig.
+    held-out questions. defaults: the class train.TrainConfig. restarted: by torchrun, which is to resume.
 
     Paths become absolute, so that run.json means the same wherever it is read."""
     given = with_tuples(given)
@@ -90,8 +90,8 @@ def completed(given: dict, defaults) -> dict:
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', defaults.method)}")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "run.json").exists():
-        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}  # --max-restarts
+    if restarted and (folder / "run.json").exists():
+        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}
     if given.get("resume"):
         saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
         for name, value in given.items():
