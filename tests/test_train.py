@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +31,7 @@ from running import checkpoint as checkpoint_script
 from running import folder as folder_script
 from running.checkpoint import checkpoints
 from running.exam import Exam
+from running.plan import make_plan
 from running.reading import read_data
 from sizing.rehearsal import Memory, copied
 from talking.voices import load
@@ -79,6 +79,21 @@ def command(base, name="run", launcher=(sys.executable,), **more) -> list[str]:
     words = [*launcher, str(REPOSITORY / "train.py")]
     for flag, value in flags(base, name, **more).items():
         words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def torchrun(processes: int, *more):
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
+
+
+def spoiled(base, program, launcher=None, name="run", **more) -> list[str]:
+    """The command of a run by a program that imports train.py and changes something in it: of two processes, of one
+    (launcher 1), or as `launcher` begins it. Without a program it is train.py itself."""
+    words = command(base, name, launcher={None: torchrun(2), 1: (sys.executable,)}.get(launcher, launcher), **more)
+    if program:
+        (base / "spoiled.py").write_text(program)
+        place = words.index(str(REPOSITORY / "train.py"))
+        words[place : place + 1] = [str(base / "spoiled.py"), str(REPOSITORY)]
     return words
 
 
@@ -310,23 +325,38 @@ def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
 # Exactness: resuming, and more than one process
 
 
+DIES = """
+import os, random, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv.pop(1))
+import train
+step_seed, death = train.step_seed, []
+def dying(seed, step, rank):
+    begun = Path(__file__).with_name(f"{rank} is to die")
+    if step == (5, 8)[rank] and not begun.exists():
+        begun.touch()
+        death.append(threading.Timer(random.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGKILL)))
+        death[0].start()
+    if death and step == (8, 11)[rank]:
+        death[0].join()
+    return step_seed(seed, step, rank)
+train.step_seed = dying
+train.main()
+"""  # once in each rank, a while after the beginning of a step and before that of the third step after it
+
+
 @pytest.mark.parametrize(("method", "background"), [("lora", False), ("full", False), ("full", True)])
 def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_to_the_bit(base, method, background):
     more = {
         "method": method,
         "async_save": background,
-        "max_steps": 16,
+        "max_steps": 12,
         "lora_dropout": 0.1,
         "eval_data": [str(base / "held.jsonl")],
         "eval_steps": 3,
     }
     whole = run(base, "whole", **more)
-    with subprocess.Popen(command(base, "killed", **more), stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 100
-        while not (base / "killed" / "checkpoint-4").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert 4 <= log_of(base / "killed")[-1]["step"] < 16
+    assert in_a_process(spoiled(base, DIES, 1, "killed", **more)).returncode == -signal.SIGKILL
     (base / "killed" / "checkpoint-98.tmp").mkdir()  # what a kill in the middle of a save leaves
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "killed")})))
     assert resumed == whole == log_of(base / "killed")
@@ -410,10 +440,6 @@ def test_the_checkpoint_before_the_first_step_resumes_too(base):
     assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0"]
     resumed = without_times(train(complete({"resume": True, "output_dir": str(base / "run")})))
     assert resumed == whole == log_of(base / "run")
-
-
-def torchrun(processes: int, *more):
-    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *more)
 
 
 def together(base, name, processes, **more) -> list[dict]:
@@ -509,41 +535,35 @@ def test_8_bit_moments_of_shards_give_nearly_the_run_of_one_and_resume_to_the_bi
     one = run(base, "one", gradient_accumulation_steps=2, **more)
     sharded = together(base, "two", 2, fsdp=True, **more)
     assert losses(sharded) == pytest.approx(losses(one), rel=1e-2)
-    resume = [str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(taken_back(base / "two", 3))]
-    result = in_a_process([sys.executable, *resume, "--fsdp", "False"])
-    assert result.returncode == 2 and "has its 8-bit moments in other shards: resume it on as many" in result.stderr
-    result = in_a_process([*torchrun(2), *resume])
+    resume = {"resume": True, "output_dir": str(taken_back(base / "two", 3))}
+    with pytest.raises(RunError, match="has its 8-bit moments in other shards: resume it on as many"):
+        train(complete(resume | {"fsdp": False}))
+    result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "two")])
     assert result.returncode == 0, result.stderr
     assert log_of(base / "two") == sharded
 
 
-def two_nodes(base, name, folders, **more) -> list[tuple[int, str]]:
+def two_nodes(base, name, folders, restarts=0, program=None, **more) -> list[subprocess.Popen]:
     """README's command, on two addresses of this machine: each node has its own torchrun, started in its folder, and they meet
-    at the first's port. Returns their exit codes and messages."""
+    at the first's port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = []
     for address, folder in zip(("127.0.0.1", "127.0.0.2"), folders, strict=True):
         meeting = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
-        launcher = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--local_addr={address}")
-        words = command(base, name, launcher=launcher, fsdp=True, max_steps=4, **more)
+        meeting += (f"--local_addr={address}", f"--max-restarts={restarts}")
+        launcher = (sys.executable, "-m", "torch.distributed.run", *meeting)
+        words = spoiled(base, program, launcher, name, fsdp=True, **more)
         nodes.append(subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    messages = [node.communicate(timeout=120)[1] for node in nodes]
-    return [(node.returncode, message) for node, message in zip(nodes, messages, strict=True)]
-
-
-def test_two_nodes_give_the_run_of_one(base):
-    run(base, "one", gradient_accumulation_steps=2, max_steps=4, save_steps=0)
-    for code, message in two_nodes(base, "two", (base, base), save_steps=0):
-        assert code == 0, message
-    assert_same_run(base, "one", "two")
+    return nodes
 
 
 def test_two_nodes_that_share_no_disk_are_told_so_at_the_rehearsed_save(base):
     for name in ("a", "b"):
         (base / name).mkdir()
-    (_, first), (_, second) = two_nodes(base, "two", (base / "a", base / "b"), output_dir="run")
+    nodes = two_nodes(base, "two", (base / "a", base / "b"), output_dir="run")
+    first, second = (node.communicate(timeout=120)[1] for node in nodes)
     assert "all nodes must share the disk of --output_dir" in first + second
     assert not list(base.glob("*/run/checkpoint-*"))
 
@@ -557,45 +577,38 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
         together(base, "moved", 2, fsdp=True, **more)
     else:
         run(base, "moved", gradient_accumulation_steps=2, **more)
-    taken_back(base / "moved", 3)
-    launcher = torchrun(2) if resumed_by == 2 else (sys.executable,)
-    words = [*launcher, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "moved"), "--fsdp"]
-    result = in_a_process([*words, str(resumed_by == 2)])
-    assert result.returncode == 0, result.stderr
+    resume = {"resume": True, "output_dir": str(taken_back(base / "moved", 3)), "fsdp": resumed_by == 2}
+    if resumed_by == 2:
+        words = [word for name, value in resume.items() for word in (f"--{name}", str(value))]
+        result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), *words])
+        assert result.returncode == 0, result.stderr
+    else:
+        train(complete(resume))
     assert_same_run(base, "whole", "moved")
 
 
 def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
-    run(base, gradient_accumulation_steps=3)
-    words = [*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(taken_back(base / "run", 4))]
-    result = in_a_process(words)
-    assert result.returncode != 0 and "has 3 rows, which 2 processes cannot share" in result.stderr
+    with pytest.raises(RunError, match="has 3 rows, which 2 processes cannot share"):
+        make_plan(complete(flags(base)), [None] * 9, 3, 1e-2, torch.float32, SimpleNamespace(world=2))
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_losses_to_the_bit(base, background):
-    """torchrun's store keeps the addresses of the dead: once, restarted processes dialled those, and were refused or hung."""
-    more = {"fsdp": True, "method": "full", "max_steps": 30, "save_steps": 3, "learning_rate": 1e-3, "async_save": background}
-    whole = together(base, "whole", 2, **more)
-    words = command(base, "killed", launcher=torchrun(2, "--max-restarts=3"), **more)
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        for checkpoint in (3, 9, 18):
-            wait_for(base / "killed" / f"checkpoint-{checkpoint}", process)
-            ranks = subprocess.run(["pgrep", "-f", f"train.py.*{base}/killed"], capture_output=True, text=True).stdout.split()
-            ranks = [int(pid) for pid in ranks if int(pid) != process.pid]
-            os.kill(ranks[checkpoint % len(ranks)], signal.SIGKILL)
-        _, message = process.communicate(timeout=120)
-    assert process.returncode == 0, message
+@pytest.mark.parametrize(("nodes", "background"), [(1, False), (2, True)])
+def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_losses_to_the_bit(base, nodes, background):
+    """torchrun's store keeps the addresses of the dead: once, restarted processes dialled those, and were refused or hung. On two
+    nodes each counts the failures of its own processes only: once, one resumed, and the other began and met nobody."""
+    more = {"method": "full", "max_steps": 12, "save_steps": 2, "learning_rate": 1e-3, "async_save": background}
+    whole = together(base, "whole", 2, fsdp=True, **more)
+    if nodes == 2:
+        launched = two_nodes(base, "killed", (base, base), restarts=3, program=DIES, **more)
+        results = [(node.communicate(timeout=120)[1], node.returncode) for node in launched]
+    else:
+        result = in_a_process(spoiled(base, DIES, torchrun(2, "--max-restarts=3"), "killed", fsdp=True, **more))
+        results = [(result.stderr, result.returncode)]
+    assert all(code == 0 for _, code in results), results
+    assert {path.name for path in base.glob("* is to die")} == {"0 is to die", "1 is to die"}
     assert log_of(base / "killed") == whole
     weights = final_weights(base / "killed")
     assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(base / "whole").items())
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 100
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert path.exists()
 
 
 NAN_ON_RANK_1 = """
@@ -691,13 +704,13 @@ def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys):
     """Nor by torchrun --max-restarts, if a rank dies after the first has written all. The last checkpoint is of step 4 of 5."""
     rows = run(base, max_steps=5, save_steps=4)
     held = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
     for more in ({"resume": True}, {"resume": True, "logging_steps": 3}, flags(base, max_steps=5, save_steps=4)):
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("TORCHELASTIC_RESTART_COUNT", str(int("resume" not in more)))
             assert without_times(train(complete(more | {"output_dir": str(base / "run")}))) == rows
-        assert "run holds the finished run, nothing is left to do" in capsys.readouterr().out.splitlines()[-1]
-    result = in_a_process([sys.executable, str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")])
-    assert result.returncode == 0 and result.stdout.count("\n") == 1 and not result.stderr
+        said = capsys.readouterr().out
+        assert said.startswith(f"{base / 'run'} holds the finished run, nothing is left to do") and said.count("\n") == 1
     assert held == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
     taken_back(base / "run", 4)  # the model was removed: the last step is done again
     assert without_times(train(complete({"resume": True, "output_dir": str(base / "run")}))) == rows
@@ -810,7 +823,7 @@ def test_a_disk_that_fills_up_in_a_save_gives_one_sentence_and_loses_nothing(bas
 def test_a_save_that_fails_in_the_background_stops_the_run_before_the_next_save(base, processes):
     """At the step that ends next, and the checkpoint before it stands."""
     more = {"max_steps": 10**6, "logging_steps": 1, "save_steps": 4, "async_save": True, "fsdp": processes > 1, "samples": 0}
-    result = in_a_process(spoiled(base, NO_ROOM_AT_STEP_8, processes, **more))
+    result = in_a_process(spoiled(base, NO_ROOM_AT_STEP_8, torchrun(2) if processes > 1 else 1, **more))
     assert result.returncode != 0
     assert re.search(r"train.py: could not write .*/checkpoint-8, and .*; what was there stands: No space left", result.stderr)
     assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-0", "checkpoint-4"]
@@ -832,38 +845,46 @@ def test_a_final_save_that_reads_back_otherwise_is_not_put_in_place(base, method
     assert not list((base / "run").glob("*.safetensors")) and (base / "run" / "checkpoint-2").exists()
 
 
-@pytest.mark.parametrize(("number", "background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)])
-def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, number, background):
-    whole = losses(run(base, "whole", max_steps=40, save_steps=0))
-    words = command(base, max_steps=40, save_steps=30, async_save=background)
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 100
-        while not (base / "run" / "checkpoint-0").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(number)
-        _, message = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "stopped after step" in message and "is saved: --resume" in message and "Traceback" not in message
-    stopped = int(checkpoints(base / "run")[-1].name.split("-")[1])
-    assert 0 < stopped < 40
-    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == whole
+ASKED_TO_STOP = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import train
+number, step_seed, note, noted = signal.Signals[sys.argv.pop(1)], train.step_seed, train.StopSignal.note, []
+def asking(seed, step, rank):
+    if step == 7 and rank == 0:
+        agent = os.getppid()  # of several processes
+        to = {"1": os.getpid(), "2": agent}[os.environ.get("WORLD_SIZE", "1")]
+        os.killpg(os.getpgid(agent), number) if to == agent and number == signal.SIGINT else os.kill(to, number)
+        while not noted:
+            time.sleep(0.01)
+    return step_seed(seed, step, rank)
+def noting(self, *given):
+    noted.append(1)
+    note(self, *given)
+train.step_seed, train.StopSignal.note = asking, noting
+train.main()
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_torchrun_asked_to_stop_lets_all_ranks_save(base, number):
-    """A Ctrl-C goes to all that the terminal began. The ranks have sessions of their own: torchrun passes it on, once."""
-    more = {"max_steps": 60, "save_steps": 50}
-    words = command(base, launcher=torchrun(2), **more)
-    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(words, **how) as process:
-        wait_for(base / "run" / "checkpoint-0", process)
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        _, message = process.communicate(timeout=60)
-    assert "stopped after step" in message and "is saved: --resume" in message
-    assert 0 < int(checkpoints(base / "run")[-1].name.split("-")[1]) < 60
-    result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), "--resume", "--output_dir", str(base / "run")])
-    assert result.returncode == 0, result.stderr
-    assert losses(log_of(base / "run")) == losses(together(base, "whole", 2, **more))
+@pytest.mark.parametrize(
+    ("processes", "number", "background"),
+    [(1, "SIGINT", False), (1, "SIGTERM", False), (1, "SIGTERM", True), (2, "SIGINT", False), (2, "SIGTERM", True)],
+)
+def test_a_run_asked_to_stop_finishes_its_step_saves_and_exits_0(base, processes, number, background):
+    """A Ctrl-C goes to all that the terminal began. The ranks of torchrun have sessions of their own: it passes the signal on,
+    once, and itself ends as one that was interrupted."""
+    more = {"max_steps": 10, "save_steps": 5, "gradient_accumulation_steps": 3 - processes}
+    words = spoiled(base, ASKED_TO_STOP, torchrun(2) if processes == 2 else 1, async_save=background, **more)
+    words.insert(words.index(str(REPOSITORY)) + 1, number)
+    result = in_a_process(words, start_new_session=True)
+    assert "after step 7 of 10, it is saved: --resume" in result.stderr
+    assert processes == 2 or (result.returncode == 0 and "Traceback" not in result.stderr)
+    assert [path.name for path in checkpoints(base / "run")] == ["checkpoint-5", "checkpoint-7"]
+    resumed = losses(train(complete({"resume": True, "output_dir": str(base / "run")})))
+    if processes == 1:
+        assert resumed == losses(run(base, "whole", **more))
+    else:
+        assert resumed == pytest.approx(losses(run(base, "whole", **more | {"gradient_accumulation_steps": 2})), rel=1e-6)
 
 
 NO_ROOM_AT_STEP_8 = """
@@ -904,19 +925,10 @@ def test_one_rank_that_fails_ends_all_with_its_message(base):
     assert "train.py: rank 1: the disk of the second node is gone" in result.stderr
 
 
-def spoiled(base, program, processes=2, **more) -> list[str]:
-    """The command of a run of two processes by a program that imports train.py and changes something in it."""
-    (base / "spoiled.py").write_text(program)
-    return [
-        word
-        for w in command(base, launcher=torchrun(processes) if processes > 1 else (sys.executable,), **more)
-        for word in ((str(base / "spoiled.py"), str(REPOSITORY)) if w == str(REPOSITORY / "train.py") else (w,))
-    ]
-
-
-def test_a_disk_that_turns_read_only_in_a_run_gives_one_sentence_and_loses_nothing(base):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_turns_read_only_in_a_run_gives_one_sentence_and_loses_nothing(base, background):
     """A disk with errors is mounted anew by Linux, read-only; here a folder is, in a namespace of its own."""
-    folder, more = base / "run", {"max_steps": 400, "logging_steps": 500, "save_steps": 4, "save_total_limit": 0}
+    folder, more = base / "run", {"max_steps": 10**6, "logging_steps": 10**6, "save_steps": 4, "async_save": background}
     folder.mkdir()
     script = (
         f"mount --bind {folder} {folder} && {{ timeout 100 sh -c 'until [ -e {folder}/checkpoint-4 ]; do sleep 0.01; done; "
@@ -929,7 +941,7 @@ def test_a_disk_that_turns_read_only_in_a_run_gives_one_sentence_and_loses_nothi
     said = result.stderr.splitlines()[-1]
     assert said.startswith("train.py: could not write") and "what was there stands" in said and "Read-only" in said
     stopped = int(checkpoints(folder)[-1].name.split("-")[1])
-    assert 4 <= stopped < 400
+    assert stopped >= 4
     state = saved(folder / f"checkpoint-{stopped}")
     assert state["step"] == stopped and all(weight.isfinite().all() for weight in state["weights"].values())
 
