@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,6 +34,7 @@ from running.checkpoint import checkpoints
 from running.exam import Exam
 from running.plan import make_plan
 from running.reading import read_data
+from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
 from talking.voices import load
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
@@ -337,12 +339,12 @@ def dying(seed, step, rank):
         begun.touch()
         death.append(threading.Timer(random.uniform(0, 0.05), os.kill, (os.getpid(), signal.SIGKILL)))
         death[0].start()
-    if death and step == (8, 11)[rank]:
+    if death and step == (7, 10)[rank]:
         death[0].join()
     return step_seed(seed, step, rank)
 train.step_seed = dying
 train.main()
-"""  # once in each rank, a while after the beginning of a step and before that of the third step after it
+"""  # once in each rank, a while after the beginning of a step and before that of the next but one
 
 
 @pytest.mark.parametrize(("method", "background"), [("lora", False), ("full", False), ("full", True)])
@@ -590,6 +592,27 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
 def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
     with pytest.raises(RunError, match="has 3 rows, which 2 processes cannot share"):
         make_plan(complete(flags(base)), [None] * 9, 3, 1e-2, torch.float32, SimpleNamespace(world=2))
+
+
+def test_processes_begun_anew_agree_on_how_often_although_each_node_counts_for_itself(monkeypatch):
+    """And that although the store still names as the first one that is dead, which answers nobody."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("first", "dead")
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "WORLD_SIZE": 2}
+    for name, value in (agent | {"RANK": 0, "TORCHELASTIC_RESTART_COUNT": 2}).items():
+        monkeypatch.setenv(name, str(value))
+    meet.cache_clear()
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"RANK": "1", "TORCHELASTIC_RESTART_COUNT": "1"}
+        try:
+            os._exit(restarts())
+        finally:
+            os._exit(99)
+    store.wait(["dead 1"])
+    agreed = restarts()
+    assert (agreed, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) == (3, 3)
+    meet.cache_clear()
 
 
 @pytest.mark.parametrize(("nodes", "background"), [(1, False), (2, True)])
