@@ -24,7 +24,7 @@ from lora import lora_parameters, read_adapter, save_adapter
 from model import Llama, ModelConfig, from_hf, open_checkpoint, save_hf, to_hf
 from running.checkpoint import checkpoints, trained_weights, write_text, written_whole
 from running.reading import Data, tokenizer_file
-from running.settings import RunError, check_processes
+from running.settings import RunError, check_processes, is_finished
 from running.workers import Workers, whole
 
 
@@ -100,8 +100,7 @@ def finish_folder(folder: Path) -> None:
 def finished(config) -> list[dict]:
     """The log of the run in config.output_dir if that came to its end and its model is still there; or nothing."""
     folder = Path(config.output_dir)
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if not run.get("finished") or not list(folder.glob("*model*.safetensors")):
+    if not is_finished(folder) or not list(folder.glob("*model*.safetensors")):
         return []
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 

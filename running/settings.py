@@ -90,7 +90,8 @@ def completed(given: dict, defaults, restarted: bool = False) -> dict:
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', defaults.method)}")
-    if restarted and (folder / "run.json").exists():
+    # --overwrite has been done by the processes before, unless the finished run that it is to replace is still there.
+    if restarted and (folder / "run.json").exists() and not (given.get("overwrite") and is_finished(folder)):
         given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}
     if given.get("resume"):
         saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
@@ -108,6 +109,10 @@ def completed(given: dict, defaults, restarted: bool = False) -> dict:
     if given.get("method") == "qlora":
         given = {"quantize": "nf4"} | given
     return given | {"output_dir": str(folder)}
+
+
+def is_finished(folder: Path) -> bool:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("finished", False)
 
 
 def read_run(folder: Path, names: set[str]) -> dict:

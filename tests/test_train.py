@@ -723,18 +723,21 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
     assert again.logging_steps == 3 and again.model_max_length == 64
 
 
-def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys):
+def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys, monkeypatch):
     """Nor by torchrun --max-restarts, if a rank dies after the first has written all. The last checkpoint is of step 4 of 5."""
     rows = run(base, max_steps=5, save_steps=4)
     held = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
     for more in ({"resume": True}, {"resume": True, "logging_steps": 3}, flags(base, max_steps=5, save_steps=4)):
-        with pytest.MonkeyPatch.context() as patched:
+        with monkeypatch.context() as patched:
             patched.setenv("TORCHELASTIC_RESTART_COUNT", str(int("resume" not in more)))
             assert without_times(train(complete(more | {"output_dir": str(base / "run")}))) == rows
         said = capsys.readouterr().out
         assert said.startswith(f"{base / 'run'} holds the finished run, nothing is left to do") and said.count("\n") == 1
     assert held == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (base / "run").rglob("*") if path.is_file()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of a run that died before it had replaced the finished one
+    assert complete(flags(base, overwrite=True)).overwrite
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     taken_back(base / "run", 4)  # the model was removed: the last step is done again
     assert without_times(train(complete({"resume": True, "output_dir": str(base / "run")}))) == rows
     assert (base / "run" / "adapter_model.safetensors").read_bytes() == held[base / "run" / "adapter_model.safetensors"][1]
