@@ -47,11 +47,11 @@ from model import CheckpointError, Llama, ModelConfig, load_model, random_model,
 from quant import QUANTIZERS, AdamW8bit, NF4Linear
 from running.checkpoint import Saver
 from running.exam import Exam
-from running.folder import Log, begin_folder, check_start, describe, save_final
+from running.folder import Log, begin_folder, check_start, describe, finish_folder, finished, save_final
 from running.plan import make_plan
 from running.reading import Data, read_data
 from running.settings import RunError, check, completed
-from running.workers import NotFinite, Stopped, StopSignal, Workers, packed_together, whole
+from running.workers import NotFinite, Stopped, StopSignal, Workers, packed_together, restarts, whole
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TrainConfig:
 
 def complete(given: dict) -> TrainConfig:
     """The settings of a run from the flags given; what they leave open is a default or, with --resume, the run's own."""
-    return TrainConfig(**completed(given, TrainConfig))
+    return TrainConfig(**completed(given, TrainConfig, restarts() > 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,11 +168,7 @@ def sharding(config: TrainConfig, device: torch.device, workers: Workers):
     its share of the gradients. Packed NF4 is cut as the bytes it is. Returns what shards a module, or None."""
     if not config.fsdp:
         return None
-    if workers.world == 1:
-        raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
     dtype = computed_in(config, device)
-    if config.hsdp and workers.world % config.hsdp:
-        raise RunError(f"--hsdp {config.hsdp}: {workers.world} processes are not whole groups of {config.hsdp}")
     mesh = {"copies": workers.world // config.hsdp, "shards": config.hsdp} if config.hsdp else {"shards": workers.world}
     options = {"mesh": init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))}
     if config.method == "full" and dtype != torch.float32:
@@ -187,8 +183,6 @@ def in_parallel(config: TrainConfig, model: Llama, workers: Workers):
     buckets only."""
     if workers.world == 1 or config.fsdp:
         return model
-    if config.optimizer_in_backward:
-        raise RunError("--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has")
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -327,8 +321,11 @@ def train(config: TrainConfig) -> list[dict]:
 
     device = pick_device(config.device)
     workers = Workers(device)
+    if config.resume and (rows := finished(config)):
+        workers.say(f"{config.output_dir} holds the finished run, nothing is left to do: --overwrite would begin it anew")
+        return rows
     sizes = read_config(config.model)
-    check_start(config, sizes)
+    check_start(config, sizes, workers.world)
     data = read_data(config, workers.say)
     memory = Memory(config, sizes, data, workers)
     if workers.first:
@@ -418,6 +415,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
         log.record(step=plan.total, **row)
     if workers.first:
         log.plot()
+        finish_folder(folder)
     workers.wait()  # a process that leaves early takes its connections from under the others
     return log.rows
 

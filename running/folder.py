@@ -24,13 +24,14 @@ from lora import lora_parameters, read_adapter, save_adapter
 from model import Llama, ModelConfig, from_hf, open_checkpoint, save_hf, to_hf
 from running.checkpoint import checkpoints, trained_weights, write_text, written_whole
 from running.reading import Data, tokenizer_file
-from running.settings import RunError
+from running.settings import RunError, check_processes, is_finished
 from running.workers import Workers, whole
 
 
-def check_start(config, sizes: ModelConfig) -> None:
-    """Refuse, before anything is read, what cannot go well: rows or a tokenizer that the model does not know, a folder that
-    cannot be written or holds something. What is no run's stays as it is."""
+def check_start(config, sizes: ModelConfig, world: int) -> None:
+    """Refuse, before anything is read, what cannot go well: more or fewer processes than the settings are for, rows or a
+    tokenizer that the model does not know, a folder that cannot be written or holds something. What is no run's stays."""
+    check_processes(config, world)
     if config.model_max_length > sizes.max_seq_len:
         length, window = config.model_max_length, sizes.max_seq_len
         raise RunError(f"--model_max_length {length} is more than the {window} tokens the model was trained to read")
@@ -81,12 +82,27 @@ def begin_folder(config, rows: list[dict], data: Data, plan, workers: Workers) -
         "learning_rate": plan.peak,
         "steps": plan.total,
         "processes": workers.world,
+        "finished": False,
         "dtype": str(plan.dtype),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
         "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "overwrite")},
     }
     write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finish_folder(folder: Path) -> None:
+    """Note in run.json, as the last thing a run does, that all of it is there."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write_text(folder / "run.json", json.dumps(run | {"finished": True}, indent=2) + "\n")
+
+
+def finished(config) -> list[dict]:
+    """The log of the run in config.output_dir if that came to its end and its model is still there; or nothing."""
+    folder = Path(config.output_dir)
+    if not is_finished(folder) or not list(folder.glob("*model*.safetensors")):
+        return []
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 class Log:

@@ -62,14 +62,24 @@ def check(config) -> None:
             raise RunError(sentence)
 
 
+def check_processes(config, world: int) -> None:
+    """Raise RunError for settings that so many processes cannot have."""
+    if config.fsdp and world == 1:
+        raise RunError("--fsdp shares a model out over several processes: torchrun --nproc_per_node N train.py ...")
+    if config.hsdp and world % config.hsdp:
+        raise RunError(f"--hsdp {config.hsdp}: {world} processes are not whole groups of {config.hsdp}")
+    if config.optimizer_in_backward and world > 1 and not config.fsdp:
+        raise RunError("--optimizer_in_backward needs one process, or --fsdp True: DDP sums gradients that it then no longer has")
+
+
 # What may differ when a run is resumed: nothing that changes the losses.
 FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
 FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}
 
 
-def completed(given: dict, defaults) -> dict:
+def completed(given: dict, defaults, restarted: bool = False) -> dict:
     """What is not said by the flags given: with --resume what the run was started with, without --data the embedded default's
-    held-out questions. defaults: the class train.TrainConfig.
+    held-out questions. defaults: the class train.TrainConfig. restarted: by torchrun, which is to resume.
 
     Paths become absolute, so that run.json means the same wherever it is read."""
     given = with_tuples(given)
@@ -80,8 +90,9 @@ def completed(given: dict, defaults) -> dict:
     for name in {"data", "eval_data"} & given.keys():
         given[name] = tuple(map(os.path.abspath, given[name]))
     folder = Path(given.get("output_dir") or f"runs/{given.get('method', defaults.method)}")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (folder / "run.json").exists():
-        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}  # --max-restarts
+    # --overwrite has been done by the processes before, unless the finished run that it is to replace is still there.
+    if restarted and (folder / "run.json").exists() and not (given.get("overwrite") and is_finished(folder)):
+        given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}
     if given.get("resume"):
         saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
         for name, value in given.items():
@@ -98,6 +109,10 @@ def completed(given: dict, defaults) -> dict:
     if given.get("method") == "qlora":
         given = {"quantize": "nf4"} | given
     return given | {"output_dir": str(folder)}
+
+
+def is_finished(folder: Path) -> bool:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("finished", False)
 
 
 def read_run(folder: Path, names: set[str]) -> dict:

@@ -3,18 +3,55 @@
 torchrun starts N processes, gives each its rank, and ends all when one fails. What they do together are sums and barriers: every
 one of them must come, in the same order, or the others wait for it until the timeout."""
 
+import contextlib
 import copy
 import math
 import os
 import signal
 import threading
 from datetime import timedelta
+from functools import cache
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from running.settings import RunError
+
+PATIENCE = timedelta(minutes=10)  # within which a process that died is noticed at the latest
+
+
+def restarts() -> int:
+    """How often torchrun has begun the processes of this run anew (--max-restarts)."""
+    return meet()[1] if int(os.environ.get("WORLD_SIZE", 1)) > 1 else int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@cache
+def meet() -> tuple[dist.Store, int]:
+    """(a store for the processes that were begun together, how often others had been before them)
+
+    torchrun's own store outlives the processes that it begins anew, and still holds what the dead have told each other. And it
+    counts on each machine for itself: one whose processes were well does not count that they were begun anew with the others. So
+    the first process draws a name for this attempt and answers who calls it by that; who has read the name of a dead one gets
+    no answer, and reads again."""
+    store = next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+    rank, world, count = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    own = uuid4().hex
+    if rank == 0:
+        store.set("first", own)
+        others = [store.get(f"{own} {other}").decode().split() for other in range(1, world)]
+        count += sum(int(counted) for _, counted in others)
+        for name, _ in others:
+            store.set(f"{own} {name}", str(count))
+        return dist.PrefixStore(own, store), count
+    for _ in range(PATIENCE.seconds):
+        first = store.get("first").decode()
+        store.set(f"{first} {rank}", f"{own} {count}")
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"{first} {own}"], timedelta(seconds=1))
+            return dist.PrefixStore(first, store), int(store.get(f"{first} {own}"))
+    raise RunError(f"the first of {world} processes did not answer in {PATIENCE.seconds} seconds")
 
 
 class NotFinite(RunError):
@@ -32,13 +69,8 @@ class Workers:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            # torchrun's store outlives the processes that --max-restarts begins anew and still holds the addresses of the dead:
-            # each attempt gets names of its own in it. A process that died is noticed within ten minutes at the latest.
-            timeout = timedelta(minutes=10)
-            store = next(dist.rendezvous("env://", timeout=timeout))[0]
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
+            dist.init_process_group(backend, store=meet()[0], rank=self.rank, world_size=self.world, timeout=PATIENCE)
 
     def beside(self) -> "Workers":
         """The same processes for another thread: their own group keeps what they do there from meeting the loop's sums."""

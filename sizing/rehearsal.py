@@ -13,6 +13,7 @@ from memory import Tracker, predict
 from model import Llama, ModelConfig
 from running.checkpoint import trained_weights
 from running.reading import Data
+from running.settings import check_processes
 from running.workers import Workers, whole
 from sizing.advice import explain_out_of_memory
 from sizing.formula import formula
@@ -37,6 +38,7 @@ class Rehearsal:
         self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
 
     def connect(self):
+        check_processes(self.config, self.processes)
         self.workers = Workers(self.device, self.processes)
         self.shard = train.sharding(self.config, self.device, self.workers)
 
