@@ -44,6 +44,7 @@ def letters(sizes, flags, nproc: int = 1) -> dict:
     known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
     known["s"] = 2 if half and (small or not full) else 4
     if flags.fsdp:  # row by row; where there are fewer rows than GPUs, nothing fills up the rest
+        nproc = flags.hsdp or nproc  # GPUs that share a copy
         rows = {x: -(-r // nproc) * inn + -(-out // nproc) * r for x, (out, inn) in (inside | outer(sizes)).items()}
         block, rest = (sum(rows[x] for x in trained(sizes, flags) & set(among)) for among in (inside, outer(sizes)))
         gathered = round(eval(PACKED[flags.quantize], {}, known)) // L + 2 * C * known["s"]
