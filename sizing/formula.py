@@ -151,7 +151,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
 
     # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
     # feed-forward layer's width, and a weight's gradient or a weight turned back.
-    stay = not (buckets or within)  # gradients; else each goes at once
+    stay = not buckets and (not within or flags.fsdp)  # gradients, to the block's end; else each goes at once
     if full:
         rises = ["2 * T * F * b + C * F * b"] if stay else ["2 * T * F * b", "T * F * b + C * F * b"]
         if masters and not stay:
@@ -196,6 +196,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s"
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
+        extra = 4 if flags.cpu_offload else 4 - kept_in  # of a reduced gradient, beyond what `gradients` counts
         made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
         moments = [
             stays + "2 * G + 2 * R + T * C * s" + earlier,  # the first block; the last
@@ -204,7 +205,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + activations + earlier + head + backward + " + 2 * G + R",
             stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
             stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
-            stays + "gradients" + " + 2 * V * C * (g + 4)" * full,  # what is in no block, reduced at last
+            stays + "gradients" + f" + 2 * V * C * (g + 4 + {extra} / P)" * full,  # what is in no block, reduced at last in fp32
         ]
     else:
         moments = [
