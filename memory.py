@@ -214,6 +214,7 @@ class Phase:
     peak: Counter
     end: Counter
     busiest: Counter  # the peak, but for what FSDP sends and receives meanwhile
+    sent: Counter  # the most of each kind of that
 
     @property
     def layer(self) -> int | None:
@@ -261,7 +262,7 @@ def timeline(diary: list[tuple], gpu=None) -> Timeline:
         if what == 0:
             if phases:
                 phases[-1].end = live.copy()
-            phases.append(Phase(*block, *(live.copy() for _ in range(4))))
+            phases.append(Phase(*block, *(live.copy() for _ in range(5))))
             highest, most = total, mine  # in this phase
             continue
         if block.away:
@@ -273,6 +274,8 @@ def timeline(diary: list[tuple], gpu=None) -> Timeline:
         live[kind] += what * size
         total += what * size
         mine += what * size * (kind not in SENT)
+        if kind in SENT:
+            phases[-1].sent |= Counter({kind: live[kind]})
         if allocator:
             allocator.allocate(block) if what == 1 else allocator.free(block)
             if total > peak:
@@ -322,7 +325,7 @@ def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
                 Counter({kind: start[kind] + deeper(p[kind] - x.start[kind], q[kind] - y.start[kind]) for kind in p | q | start})
                 for p, q in ((x.peak, y.peak), (x.end, y.end), (x.busiest, y.busiest))
             )
-            made.append(Phase(phase.part, name, start, *moments))
+            made.append(Phase(phase.part, name, start, *moments, phase.sent))
     line = Timeline(made, deeper(few.host, more.host), max(0, deeper(few.tails, more.tails)))
     if more.reserved is not None:
         line.reserved = line.peak + more.reserved - more.peak
@@ -401,7 +404,7 @@ class Gauge:
             last.end = now
         torch.cuda.reset_peak_memory_stats()
         self.phase = phase
-        self.phases.append(Phase(self.part, phase, now, now, now, now))
+        self.phases.append(Phase(self.part, phase, *[now] * 5))
 
     def watch(self, tensor, kind=None) -> None:
         pass  # the allocator knows sizes, not kinds

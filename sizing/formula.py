@@ -44,6 +44,7 @@ def letters(sizes, flags, nproc: int = 1) -> dict:
     known |= {"r": r, "W": W, "E": E, "N": N, "b": 2 if half else 4, "g": 2 if small else 4}
     known["s"] = 2 if half and (small or not full) else 4
     if flags.fsdp:  # row by row; where there are fewer rows than GPUs, nothing fills up the rest
+        nproc = flags.hsdp or nproc  # GPUs that share a copy
         rows = {x: -(-r // nproc) * inn + -(-out // nproc) * r for x, (out, inn) in (inside | outer(sizes)).items()}
         block, rest = (sum(rows[x] for x in trained(sizes, flags) & set(among)) for among in (inside, outer(sizes)))
         gathered = round(eval(PACKED[flags.quantize], {}, known)) // L + 2 * C * known["s"]
@@ -73,7 +74,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    C, F, V, L, s = (known[letter] for letter in "CFVLs")
+    C, F, V, L, b, s = (known[letter] for letter in "CFVLbs")
     terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
@@ -92,10 +93,11 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("adapters", "0" if full else f"{mine} * 4")
     twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
     largest = max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in (inside | outer(sizes))[name])
-    if flags.fsdp and full:
-        largest = -(-largest // nproc)
-    one = "2 * V * C / P * " if flags.fsdp and full else f"{largest} * "  # of a time: FSDP reduces what is in no block together
-    term("gradients", one + "g" if within else f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if twice else "N * g")
+    if flags.fsdp:
+        largest = -(-largest // known["P"])
+    one = "2 * V * C / P * g" if flags.fsdp and full else f"{largest} * g"  # of a time: FSDP reduces what is in no block together
+    every = f"(2 * N{' - V * C' * full}) * g" if twice else "N * g"  # the embedding's is the last
+    term("gradients", one if within else f"{mine} * {kept_in}" if flags.fsdp else every)
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("optimizer's work", work(largest))
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
@@ -112,7 +114,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
     attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
-        attention = f"T * 4 * C * b + H * T * T * {6 if half else 4} + T * T"
+        attention = f"T * {3 + ('wo' in moved)} * C * b + H * T * T * {6 if half else 4} + T * T"
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
     block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in moved)} * b"
@@ -121,13 +123,18 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     copies = " + W * 2" * masters  # of the weights, by autocast
     kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
-    term("activations, first layer", kept + f" - T * C * {'s' if gpu else 4}" * made_by_nothing_trained)
+    of_none = f" - T * C * {'s' if gpu else 4}" + f" - r * C * {len(moved & {'wq', 'wk', 'wv'})} * 2" * half  # A serves that only
+    term("activations, first layer", kept + of_none * made_by_nothing_trained)
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
 
     # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
     # logarithms of probabilities, which become their gradient, and the head's.
-    held = "3 * T * C * s" + " + T * C * 4" * (half and not gpu)
+    held = "3 * T * C * s"
+    if not gpu:  # its norm's input in fp32 instead of 16 bits, and what a trained weight is multiplied with
+        held += f" + T * C * {(2 if s == 2 else 0) + 4 * full}"
+    if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
+        held += f" + r * (V + C) * {6 if half else 8}"
     moments = ["8 * n * V + n * C * s"]
     if half:
         moments = ["10 * n * V"]
@@ -136,34 +143,49 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     elif full:
         moments += ["8 * n * V + 2 * V * C * g + n * C * b"]
     moments = [f"{text} + {held}" for text in moments]
+    apart = f"T * C * {20 if s == 4 else 22}"  # a CPU's norm, backward: five tensors in fp32, and what comes if in 16 bits
+    moments += [apart + " + V * C * g" * (full and not (within or buckets))] * (not gpu)
     if full and within and not flags.fsdp:  # the head is stepped
         moments.append("V * C * g + optimizer_work + T * C * s")
     term("logits and loss", *moments)
 
-    # A block's backward: gradients of the feed-forward layer's width, and a weight's gradient or a weight turned back.
+    # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
+    # feed-forward layer's width, and a weight's gradient or a weight turned back.
+    stay = not buckets and (not within or flags.fsdp)  # gradients, to the block's end; else each goes at once
     if full:
-        moments = ["2 * T * F * b" + " + C * F * b" * (not buckets)]  # DDP takes each gradient at once
+        rises = ["2 * T * F * b + C * F * b"] if stay else ["2 * T * F * b", "T * F * b + C * F * b"]
+        if masters and not stay:
+            rises += ["T * F * b + C * F * b + T * C * b", "C * F * 4 + T * C * 2"]
         if within and not flags.fsdp:
-            moments = (
-                ["T * F * b + C * F * b + T * C * b", "C * F * 4"] if masters else ["2 * T * F * b", "T * F * b + C * F * b"]
-            )
-            moments.append(f"C * F * b + {work(C * F)}")
-        elif masters and again:
-            moments.append("C * F * 4 + T * C * 2")
-            if not buckets:  # the gradients of w1, w2 and w3 with one in 16 bits; at last all
-                moments.append(f"3 * C * F * 4 + C * F * 2 + T * C * 42 - ({block}{copies})")
-                moments.append(f"W * 4 + C * C * 2 + T * C * 8 - ({block}{copies})")
-        elif half and not buckets:  # all its gradients, its activations gone
-            moments.append(f"W * g + T * C * {(28 if masters else 24) - 4 * bool(gpu)} - ({block}{copies})")
+            rises.append(f"C * F * b + {work(C * F)}")
     else:
-        moments = [f"{2 if 'w2' in moved else 3} * T * F * b" + " + r * (C + F) * 2" * half]  # an adapter: not yet fp32
+        rises = [f"{2 if 'w2' in moved else 3} * T * F * b" + " + r * (C + F) * 2" * half]  # an adapter: not yet fp32
         if flags.quantize != "none":
-            moments += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
-    if flags.attention == "textbook":
-        moments.append(f"H * T * T * 4 + T * C * {(4 if gpu else 2) if half else 8} + T * F * b")
-    if again:  # the block once more, without a copy of its input
-        moments = [f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)} + {text}" for text in moments]
-    term("a block's backward", *moments)
+            rises += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
+    # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
+    # While attention is at work: the result of the first norm, gradients of what is behind, 16-bit copies of wq, wk, wv.
+    late, left = moved & {"wq", "wk", "wv"}, []
+    here = (6 if masters else b * bool(full or late)) + (0 if gpu else 4 * (half + full))  # bytes a number, as in `norms`
+    now, then = (sum(sum(inside[x]) for x in names) for names in (moved & inside.keys() - late, late))  # width of adapters
+    if full:
+        others = " + (W - C * C - 2 * C * K) * g" * stay + " + (C * C + 2 * C * K) * 2" * masters
+    else:
+        others = f" + r * {now} * 4" * stay + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
+    if flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
+        left.append(f"H * T * T * 12 + T * T + T * C * {3 * b + here}{others}")
+    elif gpu and half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
+        left.append(f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{others}")
+    if masters and stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second norm
+        between = f"T * C * {here + 8 + 4 * (not gpu)}"  # has its input, and its result's gradient.
+        left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention} + {between}")
+    if full and stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
+        left.append("W * 4 + C * C * 2 + T * C * 4" if masters else "W * g + T * C * 4 * b")
+        left += [f"W * g + {apart}"] * (not gpu)
+    kept = f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)}"  # but for its result, which the loss is done with
+    if again:  # the block once more
+        term("a block's backward", *(f"{kept} + {text}" for text in rises), *left)
+    else:
+        term("a block's backward", *rises, *(f"{text} - ({kept})" for text in left))
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
     stays = "weights + adapters + optimizer_state + cuBLAS_workspace + " + "gradients + " * buckets
@@ -172,15 +194,18 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "optimizer_work", "M"), 0)
     first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
     earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
-    backward = " + a_block_backward + T * C * s" + " + T * C * s" * (full and s == 4)
+    backward = " + a_block_backward + T * C * s"
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
+        extra = 4 if flags.cpu_offload else 4 - kept_in  # of a reduced gradient, beyond what `gradients` counts
         made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
         moments = [
+            stays + "2 * G + 2 * R + T * C * s" + earlier,  # the first block; the last
+            stays + f"{first} + activations_middle_layers + T * C * s + 3 * G + R" + earlier,
             stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
             stays + activations + earlier + head + backward + " + 2 * G + R",
             stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
             stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
-            stays + "gradients" + " + 2 * V * C * (g + 4)" * full,  # what is in no block, reduced at last
+            stays + "gradients" + f" + 2 * V * C * (g + 4 + {extra} / P)" * full,  # what is in no block, reduced at last in fp32
         ]
     else:
         moments = [
@@ -218,10 +243,9 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
         terms["optimizer's work"] = phases["optimizer"].rise
-    if "batch" in top:  # counted by kinds
-        for kind in SENT:
-            if most := max(phase.peak[kind] for phase in phases.values() if phase.layer is not None):
-                terms[kind] = most
+    for kind in SENT:
+        if most := max(phase.sent[kind] for phase in phases.values() if phase.layer is not None):
+            terms[kind] = most
     return terms | {
         "activations, first layer": phases["forward 0"].kept,
         "activations, last layer": phases[f"forward {last}"].kept if last else 0,

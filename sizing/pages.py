@@ -216,8 +216,9 @@ def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
         most = [f"{x} to {y.per_device_train_batch_size * y.model_max_length} tokens" for x, y in best.items()]
         flags = best.get("lora") or best.get("qlora") or best["full"]
         print(f"On {gpu.name} ({gpu.memory / 1e9:.2f} GB): {', '.join(most)}")
+        start = f"torchrun --nproc_per_node {nproc}" if nproc > 1 else "python"
         print(
-            f"To begin with: torchrun --nproc_per_node {nproc} train.py --method {flags.method} --model FOLDER --data RECORDS "
+            f"To begin with: {start} train.py --method {flags.method} --model FOLDER --data RECORDS "
             f"--gradient_checkpointing --model_max_length {flags.model_max_length} "
             f"--per_device_train_batch_size {flags.per_device_train_batch_size}"
         )

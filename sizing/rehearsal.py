@@ -96,9 +96,9 @@ class Memory:
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
-        if self.config.hsdp:  # its groups cannot be made up beside the real ones
-            return "memory: not predicted here for groups of shards; memory.py with the same flags predicts it"
-        run = Rehearsal(self.config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised, self.workers.world)
+        # A group of --hsdp holds what so many processes alone would hold: copies of it are summed where their gradients are.
+        config, processes = dataclasses.replace(self.config, hsdp=0), self.config.hsdp or self.workers.world
+        run = Rehearsal(config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised, processes)
         try:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations

@@ -69,7 +69,7 @@ def processes(count: int):
 
     real = dist.group.WORLD
     if real:  # train.py's own: it waits
-        dist.group.WORLD = dist.new_group(backend="fake", use_local_synchronization=True)
+        dist.group.WORLD = dist.new_group(list(range(count)), backend="fake", use_local_synchronization=True)
     else:
         dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     ddp = {"_verify_param_shape_across_processes": lambda *_: None, "_sync_module_states": lambda **_: None}
