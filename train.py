@@ -47,7 +47,7 @@ from model import CheckpointError, Llama, ModelConfig, load_model, random_model,
 from quant import QUANTIZERS, AdamW8bit, NF4Linear
 from running.checkpoint import Saver
 from running.exam import Exam
-from running.folder import Log, begin_folder, check_start, describe, finish_folder, finished, save_final
+from running.folder import Log, alone_in, begin_folder, check_start, describe, finish_folder, finished, save_final
 from running.plan import make_plan
 from running.reading import Data, read_data
 from running.settings import RunError, check, completed
@@ -181,9 +181,7 @@ def sharding(config: TrainConfig, device: torch.device, workers: Workers):
 def in_parallel(config: TrainConfig, model: Llama, workers: Workers):
     """The model as it is called in training: with a whole copy in each process, inside DDP, which has the gradients in its own
     buckets only."""
-    if workers.world == 1 or config.fsdp:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model if workers.world == 1 or config.fsdp else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def computed_in(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -326,14 +324,17 @@ def train(config: TrainConfig) -> list[dict]:
         return rows
     sizes = read_config(config.model)
     check_start(config, sizes, workers.world)
-    data = read_data(config, workers.say)
-    memory = Memory(config, sizes, data, workers)
-    if workers.first:
-        print(memory.predict())
-    try:
-        return run(config, data, memory, workers)
-    except torch.OutOfMemoryError:
-        raise RunError(memory.explained(ran_out=True)) from None
+    if device.type == "cpu" and sizes.dim < 512 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # in a model this small threads bring 6 %, and on a busy machine wait for each other
+    with alone_in(Path(config.output_dir), workers):
+        data = read_data(config, workers.say)
+        memory = Memory(config, sizes, data, workers)
+        if workers.first:
+            print(memory.predict())
+        try:
+            return run(config, data, memory, workers)
+        except torch.OutOfMemoryError:
+            raise RunError(memory.explained(ran_out=True)) from None
 
 
 def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]:

@@ -6,7 +6,9 @@ adapter_* or model*   the result, with its tokenizer: written beside, read back,
 checkpoint-N/         what --resume goes on from (checkpoint.py)
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -53,6 +55,29 @@ def check_start(config, sizes: ModelConfig, world: int) -> None:
         raise RunError(f"{folder} is not empty and holds no run: name a new folder with --output_dir")
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, workers: Workers):
+    """The folder, made if it is not there, for this run alone: RunError if another is at work in it. The system lets go of the
+    lock when the process ends, however it ends."""
+    if not workers.first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is at work in {folder}: name another with --output_dir") from None
+        except OSError:  # a disk that knows no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came into it
+
+
 def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:
     with torch.device("meta"):  # counted before quantisation packs several weights into a byte
         everything = sum(weight.numel() for weight in Llama(model.config).parameters())
@@ -68,7 +93,6 @@ def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:
 def begin_folder(config, rows: list[dict], data: Data, plan, workers: Workers) -> None:
     """Write what this run is (run.json) and its log up to here; with --overwrite, clear what the former run left."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite:
         for old in (*checkpoints(folder), *folder.glob("best"), *folder.glob("*.tmp")):
             shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager
 
 import train as train_script
-from data import TEMPLATES, PackedBatches, encode_documents
+from data import TEMPLATES, DataError, PackedBatches, encode_documents
 from generate import GenerateConfig, Sampling
 from lora import load_adapter
 from model import from_hf, load_model, read_config, save_hf, save_meta
@@ -801,6 +802,42 @@ def test_what_a_replaced_run_had_saved_does_not_stay_beside_the_new(base):
     run(base, method="lora", overwrite=True)
     names = {path.name for path in (base / "run").iterdir()}
     assert "adapter_config.json" in names and not names & {"config.json", "model.safetensors"}
+
+
+RESTS_AT_STEP_3 = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import train
+log_step = train.Log.step
+def resting(self, step, *told, **row):
+    log_step(self, step, *told, **row)
+    while step == 3:
+        time.sleep(0.1)
+train.Log.step = resting
+train.main()
+"""
+
+
+def test_two_runs_cannot_be_at_work_in_one_folder(base):
+    with subprocess.Popen(spoiled(base, RESTS_AT_STEP_3, 1), stdout=subprocess.DEVNULL) as process:
+        while not (base / "run" / "checkpoint-2").exists() and process.poll() is None:
+            time.sleep(0.05)
+        before = (base / "run" / "run.json").read_bytes()
+        try:
+            for how in ("resume", "overwrite"):
+                with pytest.raises(RunError, match=r"another run is at work in .*run: name another with --output_dir"):
+                    run(base, **{how: True})
+        finally:
+            process.kill()
+    assert (base / "run" / "run.json").read_bytes() == before
+    assert losses(run(base, resume=True)) == losses(run(base, "whole"))
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(base):
+    (base / "data.jsonl").write_text("nonsense")
+    with pytest.raises(DataError):
+        run(base)
+    assert not (base / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):

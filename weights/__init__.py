@@ -1,1 +1,2 @@
-import model  # noqa: F401  first, as its last lines import what is here
+import lora  # noqa: F401
+import model  # noqa: F401  both first, as their last lines import what is here
