@@ -22,6 +22,7 @@ def cheaper(flags, nproc: int = 1) -> list[tuple[str, dict]]:
     one = full and alone and one and flags.dtype != "fp16" and (flags.fsdp or nproc == 1)
     halved = f"--per_device_train_batch_size {batch // 2} and twice the accumulation, the same steps"
     ways = [
+        (nproc > 1 and not flags.fsdp, f"--fsdp True, in shards over the {nproc} GPUs", {"fsdp": True}),
         (not flags.gradient_checkpointing, "--gradient_checkpointing, a third more time", {"gradient_checkpointing": True}),
         (full and flags.optim == "adamw", "--optim adamw_8bit, the same losses within 1 %", {"optim": "adamw_8bit"}),
         (full and not flags.pure_bf16 and flags.dtype == "bf16", "--pure_bf16 --optim adamw_8bit, no fp32 weights", pure),
@@ -46,29 +47,33 @@ def sharded(flags, **more):
 
 
 def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
-    """Each change by itself; if none is enough, one after the other together; then more GPUs. [{change, bytes, fits}]"""
-    found = []
+    """Each change by itself; if none is enough, one after the other together; then more GPUs. [{change, bytes, fits}]
+
+    Who trains every weight is told of adapters, but all else comes before them."""
+    found, full = [], flags.method == "full"
 
     def fits(change, flags, nproc=nproc):
         size = needed(sizes, flags, gpu, nproc)
         found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
         return size <= gpu.memory
 
-    for change, new in cheaper(flags, nproc):
-        fits(change, replace(flags, **new))
-    if any(way["fits"] for way in found):
+    alone = [fits(change, replace(flags, **new)) and not (full and "method" in new) for change, new in cheaper(flags, nproc)]
+    if any(alone):
         return found
-    given, count = asdict(flags), 0
-    while (ways := cheaper(flags, nproc)) and (len(ways) > 1 or flags.model_max_length > 512):
-        flags, count = replace(flags, **ways[0][1]), count + 1
-        words = [f"--{name} {value}" for name, value in asdict(flags).items() if value != given[name]]
-        if count > 1 and fits(" ".join(words), flags):
-            return found
-    for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
-        for more in ({}, {"cpu_offload": True}):
-            words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
-            if fits(words, sharded(flags, **more), count):
+    for method in ("the same", "another")[not full :]:
+        tried, count = flags, 0
+        while ways := [new for _, new in cheaper(tried, nproc) if method == "another" or "method" not in new]:
+            if len(ways) == 1 and tried.model_max_length <= 512:
+                break
+            tried, count = replace(tried, **ways[0]), count + 1
+            words = [f"--{name} {value}" for name, value in asdict(tried).items() if value != getattr(flags, name)]
+            if count > 1 and fits(" ".join(words), tried):
                 return found
+        for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
+            for more in ({}, {"cpu_offload": True}):
+                words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
+                if fits(words, sharded(tried, **more), count):
+                    return found
     return found
 
 
