@@ -13,6 +13,9 @@ which have shapes and storages but no numbers (7B takes a few seconds and no GPU
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
 alive. The layers of a Llama are alike, so 4 and 8 of them are run and the rest follows by a straight line, exact to the byte.
 
+    python memory.py --model 7b --gpu 3090                                          what that GPU can do with a 7B
+    python memory.py --model 7b --method qlora --model_max_length 2048 --gpu t4     one run: terms, layers, timeline, verdict
+
 This file watches, reads the diary and predicts. In sizing/ is what stands beside that: the same sum as arithmetic, to be checked
 by hand (formula.py); what a GPU adds that fake tensors cannot show: the allocator's rules, kernels' scratch, context (gpu.py);
 processes that are not there (shards.py); what to change when it does not fit (advice.py); what the program prints (pages.py);
@@ -147,9 +150,8 @@ class Tracker(TorchDispatchMode):
         return bool(blocks) and all(block.away for block in blocks)
 
     def _without_numbers(self, op, args):
-        """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens (fp64:
-        those of all processes). How many positions
-        have a label: all, the most it can be, or as many as the caller knows of."""
+        """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens (fp64: those of all
+        processes). How many positions have a label: all, the most it can be, or as many as the caller knows of."""
         number = op is torch.ops.aten._local_scalar_dense.default
         masked = op is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool
         if not (number or masked) or not any(isinstance(x, FakeTensor) for x in tree_leaves(args)):
@@ -429,6 +431,8 @@ def main():
 
     try:
         answer(sys.argv[1:])
+    except BrokenPipeError:
+        sys.stderr.close()  # `| head` has seen enough
     except (ValueError, OSError) as error:
         print(f"memory.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,8 +10,8 @@ A step of fine-tuning:
                             backward: add d loss / d weight into .grad
     clip the gradient to length 1; AdamW moves each trained weight by about the learning rate; forget the gradient
 
-The division by the step's own count, over every micro-batch and rank, is what makes accumulation and more GPUs change nothing:
-a mean of means would weigh a token in a short reply more than one in a long reply.
+The division by the step's own count, over every micro-batch and every rank (one of torchrun's processes), is what makes
+accumulation and more GPUs change nothing: a mean of means would weigh a token in a short reply more than one in a long reply.
 
 Nothing here depends on what ran before but the weights and the optimizer: the data of a step is a function of (seed, step), so is
 its dropout, so is the learning rate. That is all of exact resuming. A checkpoint is written beside its place and renamed when it
@@ -179,8 +179,8 @@ def sharding(config: TrainConfig, device: torch.device, workers: Workers):
 
 
 def in_parallel(config: TrainConfig, model: Llama, workers: Workers):
-    """The model as it is called in training: with a whole copy in each process, inside DDP, which has the gradients in its own
-    buckets only."""
+    """The model as it is called in training: with a whole copy in each process, inside DistributedDataParallel (DDP), which has
+    the gradients in its own buckets only."""
     return model if workers.world == 1 or config.fsdp else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 

@@ -5,6 +5,7 @@ import argparse
 import json
 from bisect import bisect_right
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ GENERIC = GPU("a GPU", 0)  # for who names none
 
 
 def own_flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="memory.py", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="memory.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"memory.py: {message}\n")
     parser.add_argument("--gpu", help=f"{' '.join(GPUS)}, or a size such as 80GB")
     parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun, one a GPU")
@@ -41,7 +42,7 @@ def answer(words: list[str]) -> None:
     parser = own_flags()
     mine, rest = parser.parse_known_args(words)
     if {"-h", "--help"} & set(rest):
-        print(memory.__doc__ + parser.format_help())
+        print(memory.__doc__, parser.format_help(), sep="\n")
     if mine.reproduce:
         return reproduce()
     given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))
@@ -60,6 +61,7 @@ def answer(words: list[str]) -> None:
         (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
         (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
+        (mine.plot and not find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib"),
         (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),
         (length > window, too_long),
     ):
@@ -155,8 +157,8 @@ def table(title: str, columns: list[str], rows, width: int = 38) -> None:
 
 def show(known: dict, terms: dict, arithmetic: dict, layers: list[dict], line: Timeline) -> None:
     """The breakdown, the layers (those like the one before are left out) and the timeline."""
-    names = ["formula", "simulated", "measured"]
-    table("GB (10^9 bytes)", names, [(x, *row.values(), arithmetic[x]) for x, row in terms.items()], 28)
+    names = [name for name in ("formula", "simulated", "measured") if any(row[name] is not None for row in terms.values())]
+    table("GB (10^9 bytes)", names, [(x, *map(row.get, names), arithmetic[x]) for x, row in terms.items()], 28)
     print("\n" + ", ".join(f"{letter} {value:,}" for letter, value in known.items()))
     totals = [f"{x} {terms[x]['simulated'] / 2**30:.2f} GiB" for x in TOTALS if x in terms]
     print(f"{', '.join(totals)}. The peak is in the {line.highest.part}, {line.highest.name}.\n")
@@ -170,10 +172,8 @@ def show(known: dict, terms: dict, arithmetic: dict, layers: list[dict], line: T
 
 def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
     """A stacked area over the run's phases, and the GPU's memory as a line."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")  # no screen is needed
     from matplotlib import pyplot
 
@@ -253,7 +253,8 @@ def within(sizes, make, gpu: GPU, nproc: int) -> str:
                 flags = f"--method qlora --fsdp True{offload} --gradient_checkpointing"
                 flags += f" --model_max_length {length}"
                 start = f"torchrun --nproc_per_node {nproc} train.py {flags} --model FOLDER --data RECORDS"
-                return f"{nproc} x {gpu.name} in shards: {need / 1e9:.2f} GB each, simulated{waits}\n  {start}"
+                size = f"{need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB each, simulated{waits}"
+                return f"{nproc} x {gpu.name} in shards, {length:,} tokens a row: {size}\n  {start}"
     least = make("qlora", model_max_length=512, gradient_checkpointing=True)
     return f"{nproc} x {gpu.name} do not hold it in shards either, nor with --cpu_offload; {fewest(sizes, least, gpu)}"
 

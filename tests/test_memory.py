@@ -375,7 +375,7 @@ def test_i_have_a_3090_and_a_7b():
 def test_70b_on_two_24_gb_cards():
     answer = memory_py("--model", "70b", "--gpu", "3090", "--nproc", "2").stdout
     assert "None fits whole" in answer and "one GPU that holds it: a100-40" in answer
-    assert "2 x 3090 in shards: " in answer and "simulated" in answer
+    assert "2 x 3090 in shards, 1,024 tokens a row: " in answer and "simulated" in answer
     assert "torchrun --nproc_per_node 2 train.py --method qlora --fsdp True" in answer
 
 
