@@ -228,14 +228,14 @@ class Phase:
 
     @property
     def rise(self) -> int:
-        return own(self.busiest) - own(self.start)
+        return unsent(self.busiest) - unsent(self.start)
 
     @property
     def kept(self) -> int:
-        return own(self.end) - own(self.start)
+        return unsent(self.end) - unsent(self.start)
 
 
-def own(moment: Counter) -> int:
+def unsent(moment: Counter) -> int:
     """Bytes of a moment without what is sent."""
     return moment.total() - sum(moment[kind] for kind in SENT)
 

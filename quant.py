@@ -394,10 +394,10 @@ class AdamW8bit(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                own, grad = (x.to_local() if hasattr(x, "to_local") else x for x in (weight, weight.grad))
-                state = self.state[weight] = self.state[weight] or self._beginning(own)
+                shard, grad = (x.to_local() if hasattr(x, "to_local") else x for x in (weight, weight.grad))
+                state = self.state[weight] = self.state[weight] or self._beginning(shard)
                 state["step"] += 1
-                flat, grad = own.view(-1), grad.reshape(-1)
+                flat, grad = shard.view(-1), grad.reshape(-1)
                 for start in range(0, len(flat), PIECE):  # so that what is fp32 for a moment is 64 MB, however large the weight
                     self._step_piece(group, state, flat[start : start + PIECE], grad[start : start + PIECE].float(), start)
 

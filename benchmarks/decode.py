@@ -7,7 +7,11 @@ Each contestant is a process of its own that waits for its turn: nobody is in th
 of the other steps, of several turns the best, so that on a shared machine a disturbed turn does not count. GB/s: the bytes of
 all weights but the embedding's, which a step reads once, times steps a second; beside it that of a plain bf16 product of one
 row with matrices of w1's shape, 600 MB of them, so that none is in the cache. --compile adds transformers with its static cache
-and torch.compile, and ours with --compile; what compiling took is printed with the rest."""
+and torch.compile, and ours with --compile; what compiling took is printed with the rest.
+
+    python benchmarks/decode.py --loading [--preset 1b]
+
+times load_model instead, in turns with reading the file's bytes into fresh memory, after both were done once: a warm disk."""
 
 import argparse
 import json
@@ -112,6 +116,35 @@ def contestant(options) -> None:
         print(json.dumps({"first": first, "step": median(steps), "all": times[-1] - times[0]}), flush=True)
 
 
+def loading(options) -> None:
+    """Seconds of load_model for each format of the weights, the best of --rounds turns, beside reading the file's bytes."""
+    from quant import QUANTIZERS
+    from talking.cpu import CPULinear
+
+    (file,) = Path(options.folder).glob("*.safetensors")
+
+    def read():
+        return file.read_bytes()
+
+    def load(linear=None):
+        return load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=linear)
+
+    ways = {"reading the bytes": read, "bf16, plain rows": load}
+    if CPULinear.helps(torch.device(options.device), torch.bfloat16):
+        ways["bf16, in the CPU's order"] = lambda: load(CPULinear)
+    ways |= {name: lambda linear=QUANTIZERS[name]: load(linear) for name in options.quantize if name != "none"}
+    best = dict.fromkeys(ways, math.inf)
+    for turn in range(options.rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - began)
+    print(f"{file.stat().st_size / 1e9:.2f} GB\n\n| | s | of reading the bytes |\n|---|---|---|")
+    for name, seconds in best.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / best['reading the bytes']:.2f} |")
+
+
 def compare(options) -> None:
     people = ["product::"]
     for quantize in options.quantize:
@@ -172,6 +205,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=6, help="turns of each that count")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, both sides")
     parser.add_argument("--bitsandbytes", action="store_true", help="also transformers + bitsandbytes on a CPU")
+    parser.add_argument("--loading", action="store_true", help="instead: how long loading takes")
     for internal in ("--folder", "--who"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -186,7 +220,7 @@ def main():
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, bf16, "
             f"{options.new_tokens} tokens after 32"
         )
-        compare(options)
+        (loading if options.loading else compare)(options)
 
 
 if __name__ == "__main__":

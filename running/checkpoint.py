@@ -110,7 +110,7 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 FORMAT = 1  # of a checkpoint's folder
 
 
-def own(weight: torch.Tensor, state: torch.Tensor) -> str:
+def suffix(weight: torch.Tensor, state: torch.Tensor) -> str:
     """What names a rank's own state of a weight in shards: 8-bit moments, whose blocks of 256 are those of this very shard."""
     alone = isinstance(weight, DTensor) and not isinstance(state, DTensor) and state.dim()
     return f".{dist.get_rank()}of{dist.get_world_size()}" if alone else ""
@@ -122,7 +122,7 @@ def tensors_of(model: nn.Module, optimizer=None) -> dict[str, torch.Tensor]:
     if optimizer is not None:
         for name, weight in model.named_parameters():
             state = optimizer.state.get(weight, {}).items()
-            tensors |= {f"optimizer.{name}.{key}{own(weight, x)}": x for key, x in state if isinstance(x, torch.Tensor)}
+            tensors |= {f"optimizer.{name}.{key}{suffix(weight, x)}": x for key, x in state if isinstance(x, torch.Tensor)}
     return tensors
 
 
