@@ -5,9 +5,10 @@ value, and per weight one of 16 levels, spaced as the quantiles of a normal dist
 
     absmax = max |w|  over the block        code = nearest level to w / absmax        w' = level[code] x absmax
 
-4 bits a weight and 32 / 64 for absmax make 4.5. Double quantisation stores the absmax themselves in 8 bits (the mean of all is
-taken off first, then 256 of them make a block) and leaves 4 + 8/64 + 32/(64 x 256) = 4.127 bits: the linears of 7B's blocks take
-3.3 GB instead of 13.0. The mean squared error on normal data is 0.0085 of the variance.
+4 bits a weight and 32 / 64 for absmax make 4.5. Double quantisation stores the absmax themselves in 8 bits (their mean is taken
+off first, then 256 of them make a block) and leaves 4 + 8/64 + 32/(64 x 256) = 4.127 bits:
+the linears of 7B's blocks take 3.3 GB instead of 13.0.
+The mean squared error on normal data is 0.0085 of the variance.
 
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
 in backward. These two more passes over the weights are why a QLoRA step needs less memory than a LoRA step, but more time.
