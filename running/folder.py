@@ -32,7 +32,8 @@ from running.workers import Workers, whole
 
 def check_start(config, sizes: ModelConfig, world: int) -> None:
     """Refuse, before anything is read, what cannot go well: more or fewer processes than the settings are for, rows or a
-    tokenizer that the model does not know, a folder that cannot be written or holds something. What is no run's stays."""
+    tokenizer that the model does not know, weights that are not there, a folder that cannot be written or holds something. What
+    is no run's stays."""
     check_processes(config, world)
     if config.model_max_length > sizes.max_seq_len:
         length, window = config.model_max_length, sizes.max_seq_len
@@ -40,6 +41,7 @@ def check_start(config, sizes: ModelConfig, world: int) -> None:
     file = tokenizer_file(config)
     if (pieces := Tokenizer(file).vocab_size) > (known := sizes.vocab_size):
         raise DataError(f"{file} has {pieces:,} tokens, the model in {config.model} knows {known:,}")
+    open_checkpoint(config.model, sizes)  # which says what is missing or cut short; no tensor is read
     folder = Path(config.output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -82,8 +84,11 @@ def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:
     with torch.device("meta"):  # counted before quantisation packs several weights into a byte
         everything = sum(weight.numel() for weight in Llama(model.config).parameters())
     trained = sum(weight.numel() for weight in trained_weights(model).values())
+    known, pieces = model.config.vocab_size, data.tokenizer.vocab_size
+    doubt = f"  the tokenizer has only {pieces:,} of the model's {known:,} tokens: is it this model's?\n"
     return (
         f"model: {config.model}, {everything:,} parameters, {trained:,} trained ({trained / everything:.2%})\n"
+        f"{doubt if known - pieces > 256 else ''}"  # a table may be padded to a round number
         f"  {config.method} on {workers.world} x {workers.device.type}, {str(plan.dtype)[6:]}, quantize {config.quantize}, "
         f"template {data.template_name}, {plan.total:,} steps of {plan.rows_per_step * data.batches.row_tokens:,} tokens, "
         f"learning rate {plan.peak:.2e}"

@@ -29,7 +29,7 @@ import train as train_script
 from data import TEMPLATES, DataError, PackedBatches, encode_documents
 from generate import GenerateConfig, Sampling
 from lora import load_adapter
-from model import from_hf, load_model, read_config, save_hf, save_meta
+from model import CheckpointError, from_hf, load_model, read_config, save_hf, save_meta
 from running import checkpoint as checkpoint_script
 from running import folder as folder_script
 from running.checkpoint import checkpoints
@@ -831,6 +831,22 @@ def test_two_runs_cannot_be_at_work_in_one_folder(base):
             process.kill()
     assert (base / "run" / "run.json").read_bytes() == before
     assert losses(run(base, resume=True)) == losses(run(base, "whole"))
+
+
+def test_weights_that_are_cut_short_are_refused_before_the_data_is_read(base):
+    (base / "data.jsonl").write_text("nonsense")
+    weights = base / "base" / "consolidated.00.pth"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"consolidated.00.pth"):
+        run(base)
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_knows_is_questioned(base, tiny_llama, capsys):
+    run(base, max_steps=1, samples=0)
+    assert "tokenizer has only" not in capsys.readouterr().out
+    save_meta(tiny_llama(vocab_size=700), base / "base")
+    run(base, max_steps=1, samples=0, overwrite=True)
+    assert "the tokenizer has only 340 of the model's 700 tokens: is it this model's?" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(base):
