@@ -30,7 +30,7 @@ CUDA = (
 )
 CPU = (
     (120, "nf4.py", ""),
-    (240, "step.py", "--methods lora qlora full --contestants ours compiled theirs"),
+    (240, "step.py", "--methods lora full --rounds 3"),
     (120, "decode.py", "--preset 125m"),
 )
 
