@@ -60,7 +60,7 @@ def advice(sizes, flags, gpu: GPU, nproc: int) -> list[dict]:
     alone = [fits(change, replace(flags, **new)) and not (full and "method" in new) for change, new in cheaper(flags, nproc)]
     if any(alone):
         return found
-    for method in ("the same", "another")[not full :]:
+    for method in ("the same", "another") if full else ("another",):
         tried, count = flags, 0
         while ways := [new for _, new in cheaper(tried, nproc) if method == "another" or "method" not in new]:
             if len(ways) == 1 and tried.model_max_length <= 512:
