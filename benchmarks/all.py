@@ -2,31 +2,37 @@
 
     python benchmarks/all.py --device cuda > page.md
 
-Each part has its share of the nine minutes and is ended when that is over; what it had printed by then stands. A part that
-fails does not stop the others: its last words are on the page. On a CPU the same parts run with small models."""
+Random weights of the largest model are written once, for all parts. Each part has its share of the nine minutes: it is told to
+begin nothing new when four fifths are over, and ended when all are; what it had printed by then stands. A part that fails does
+not stop the others: its last words are on the page. On a CPU the same parts run with small models."""
 
 import argparse
+import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from turns import weights
 
 ROOT = Path(__file__).resolve().parent.parent
-# (seconds, script, arguments); the sum of the seconds is under nine minutes
+STEP, BOTH = "--contestants ours theirs --rounds 3", "--contestants ours compiled theirs --rounds 3"
+LEAN = "--gradient_checkpointing --pure_bf16 --optim adamw_8bit --optimizer_in_backward --max_grad_norm 0"
+# (seconds, script, arguments); with 20 s for the weights the sum is under nine minutes
 CUDA = (
-    (45, "nf4.py", ""),
-    (
-        120,
-        "step.py",
-        "--preset 7b --methods lora qlora --sequences 4 --length 1024 --rounds 4 --contestants ours compiled theirs",
-    ),
-    (75, "step.py", "--preset 7b --methods lora --sequences 1 --length 4096 --rounds 4"),
-    (60, "step.py", "--preset 1b --methods full lora qlora --sequences 4 --length 1024 --rounds 4"),
-    (120, "memory.py", ""),
-    (90, "decode.py", "--preset 7b --quantize none nf4"),
+    (20, "nf4.py", ""),
+    (70, "step.py", f"--preset 7b --methods lora --sequences 4 --length 1024 {BOTH}"),
+    (55, "step.py", f"--preset 7b --methods lora --sequences 1 --length 4096 {STEP}"),
+    (50, "step.py", f"--preset 7b --methods qlora --sequences 4 --length 1024 {STEP}"),
+    (40, "step.py", f"--preset 7b --methods full --sequences 4 --length 1024 --contestants ours --rounds 3 --ours='{LEAN}'"),
+    (40, "step.py", f"--preset 1b --methods full --sequences 4 --length 1024 {STEP}"),
+    (55, "decode.py", "--preset 7b --quantize none nf4 --rounds 3"),
+    (90, "memory.py", ""),
+    (90, "decode.py", "--preset 7b --quantize none nf4 --how compiled --rounds 2"),
 )
 CPU = (
     (120, "nf4.py", ""),
@@ -41,22 +47,29 @@ def main():
     parser.add_argument("--only", nargs="+", help="scripts to run, such as step.py")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = (
-        torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    cuda, threads = options.device == "cuda", f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if cuda else threads
     print(f"# {machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, commit {commit or 'unknown'}", flush=True)
-    for seconds, script, arguments in CUDA if options.device == "cuda" else CPU:
-        if options.only and script not in options.only:
-            continue
-        print(f"\n## `python benchmarks/{script} {arguments} --device {options.device}`\n", flush=True)
-        began = time.monotonic()
-        command = [sys.executable, "-u", str(ROOT / "benchmarks" / script), *arguments.split(), "--device", options.device]
-        try:
-            result = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=seconds)
-            ended = "" if result.returncode == 0 else "\n".join(["", "failed:", *result.stderr.splitlines()[-3:]])
-        except subprocess.TimeoutExpired:
-            ended = f"\nended after its {seconds} s"
-        print(f"{ended}\n({time.monotonic() - began:.0f} s)", flush=True)
+    largest = "7b" if cuda else "125m"
+    parts = [part for part in (CUDA if cuda else CPU) if not options.only or part[1] in options.only]
+    with weights(largest, options.device) as folder:
+        for seconds, script, arguments in parts:
+            print(f"\n## `python benchmarks/{script} {arguments} --device {options.device}`\n", flush=True)
+            began, more = time.monotonic(), ["--device", options.device]
+            if script in ("step.py", "decode.py"):
+                more += ["--seconds", str(0.8 * seconds)] + ["--folder", folder] * (largest in arguments or not cuda)
+            command = [sys.executable, "-u", str(ROOT / "benchmarks" / script), *shlex.split(arguments), *more]
+            part = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            try:
+                words = part.communicate(timeout=seconds)[1]
+                ended = "" if part.returncode == 0 else "\n".join(["", "failed:", *words.splitlines()[-3:]])
+            except BaseException as error:  # its time is over, or Ctrl-C: its processes leave the GPU too
+                os.killpg(part.pid, signal.SIGKILL)
+                part.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                ended = f"\nended after its {seconds} s"
+            print(f"{ended}\n({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

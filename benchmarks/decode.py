@@ -1,24 +1,21 @@
 """Decoding here beside transformers.generate: the same weights, the same prompts, in turns.
 
-    python benchmarks/decode.py [--preset 125m|1b] [--device cuda] [--quantize none int8 nf4] [--batch 1 8] [--compile]
+    python benchmarks/decode.py [--preset 125m|1b] [--device cuda] [--quantize none int8 nf4] [--batch 1 8] [--how eager compiled]
 
 Each contestant is a process of its own that waits for its turn: nobody is in the way of another. A turn is an answer of
 --new_tokens tokens to each of --batch prompts of 32 random tokens, greedy. Taken are the time to the first token and the median
 of the other steps, of several turns the best, so that on a shared machine a disturbed turn does not count. GB/s: the bytes of
 all weights but the embedding's, which a step reads once, times steps a second; beside it that of a plain bf16 product of one
-row with matrices of w1's shape, 600 MB of them, so that none is in the cache. --compile adds transformers with its static cache
-and torch.compile, and ours with --compile; what compiling took is printed with the rest.
+row with matrices of w1's shape, 600 MB of them, so that none is in the cache. Compiled are ours as --compile does
+and transformers with its static cache and torch.compile; what compiling took is printed with the rest.
 
     python benchmarks/decode.py --loading [--preset 1b]
 
 times load_model instead, in turns with reading the file's bytes into fresh memory, after both were done once: a warm disk."""
 
 import argparse
-import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from itertools import count, pairwise
 from pathlib import Path
@@ -30,7 +27,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from model import PRESETS, load_model, random_model, save_hf  # noqa: E402
+from turns import Contestant, answer, weights  # noqa: E402
+
+from model import PRESETS, load_model  # noqa: E402
 
 
 def prompts(batch: int) -> torch.Tensor:
@@ -107,13 +106,13 @@ def contestant(options) -> None:
     """Say the bytes of the weights, then answer every line on stdin, a batch size, with the seconds to the first token, of the
     median step after it, and of all."""
     kind, quantize, how = options.who.split(":")
-    answer, weights = {"ours": ours, "theirs": theirs, "product": product}[kind](options, quantize, how == "compiled")
-    print(json.dumps({"weights": weights}), flush=True)
+    turn, read = {"ours": ours, "theirs": theirs, "product": product}[kind](options, quantize, how == "compiled")
+    answer({"read": read})
     for line in sys.stdin:
         times = [time.perf_counter()]
-        answer(int(line), lambda times=times: times.append(time.perf_counter()))
+        turn(int(line), lambda times=times: times.append(time.perf_counter()))
         first, *steps = [after - before for before, after in pairwise(times)]
-        print(json.dumps({"first": first, "step": median(steps), "all": times[-1] - times[0]}), flush=True)
+        answer({"first": first, "step": median(steps), "all": times[-1] - times[0]})
 
 
 def loading(options) -> None:
@@ -145,53 +144,56 @@ def loading(options) -> None:
         print(f"| {name} | {seconds:.2f} | {seconds / best['reading the bytes']:.2f} |")
 
 
-def compare(options) -> None:
-    people = ["product::"]
+def compare(options, began: float) -> None:
+    names = ["product::"]
     for quantize in options.quantize:
-        for how in ("", "compiled") if options.compile and quantize == "none" else ("",):
-            people += [f"ours:{quantize}:{how}"]
-            if quantize == "none" or options.device == "cuda" or options.bitsandbytes:
-                people += [f"theirs:{quantize}:{how}"]
-    command = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder, "--who"]
-    processes = {
-        who: subprocess.Popen([*command, who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for who in people
-    }
+        for how in ("" if how == "eager" else how for how in options.how):
+            names += [f"ours:{quantize}:{how}"] if not how or quantize == "none" or options.device == "cuda" else []
+            if (quantize == "none" or options.device == "cuda" or options.bitsandbytes) and (not how or quantize == "none"):
+                names += [f"theirs:{quantize}:{how}"]
+    people = [Contestant(name, ["--folder", options.folder, "--who", name]) for name in names]
+    read = {one.name: (one.hear() or {}).get("read") for one in people}  # bytes of weights
+    batches = {one.name: options.batch[:1] if one.name == "product::" else options.batch for one in people}
+    cold, best = {}, {}
 
-    def heard(who):
-        while line := processes[who].stdout.readline():
-            if line.startswith("{"):  # libraries print on stdout as well
-                return json.loads(line)
-        raise SystemExit(f"{who} stopped; see above")
+    def note(one, batch):
+        if said := one.hear():
+            before = best.get((one.name, batch), said)
+            best[one.name, batch] = {what: min(before[what], said[what]) for what in said}
+            cold.setdefault((one.name, batch), said["all"])
 
-    weights = {who: heard(who)["weights"] for who in people}
-    best, cold = {}, {}
-    for _ in range(options.rounds + 1):  # the first turn compiles and warms up
-        for who, process in processes.items():
-            for batch in options.batch if who != "product::" else [1]:
-                process.stdin.write(f"{batch}\n")
-                process.stdin.flush()
-                said, key = heard(who), (who, batch)
-                if key not in cold:
-                    cold[key], best[key] = said["all"], {"first": math.inf, "step": math.inf}
-                else:
-                    best[key] = {what: min(seconds, said[what]) for what, seconds in best[key].items()}
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+    together = options.device == "cuda"  # the first time, all compile at once; on a CPU they would be in each other's way
+    for _ in range(options.rounds + 1):
+        for batch in options.batch:
+            asked = [one for one in people if batch in batches[one.name]]
+            for one in asked:
+                one.say(batch)
+                if not together:
+                    note(one, batch)
+            for one in asked if together else ():
+                note(one, batch)
+        together = False
+        if time.monotonic() - began > options.seconds:
+            break
+    for one in people:
+        one.leave()
 
-    plain = weights["product::"] / best["product::", 1]["step"] / 1e9
+    plain = read["product::"] / best["product::", options.batch[0]]["step"] / 1e9
     print(f"plain bf16 product of one row: {plain:.1f} GB/s\n")
     print("| | batch | tokens/s | GB/s | of the product | to transformers, bf16 | first token, s | cold turn, s |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in options.batch:
-        step = {who: best[who, batch]["step"] for who in people[1:]}
+        step = {one.name: best[one.name, batch]["step"] for one in people[1:] if (one.name, batch) in best}
         theirs = min((seconds for who, seconds in step.items() if who.startswith("theirs:none")), default=math.nan)
-        for who, seconds in step.items():
-            kind, quantize, how = who.split(":")
+        for one in people[1:]:
+            kind, quantize, how = one.name.split(":")
             name = f"{kind}, {'bf16' if quantize == 'none' else quantize}{', compiled' if how else ''}"
-            cells = [name, batch, f"{batch / seconds:.1f}", f"{weights[who] / seconds / 1e9:.1f}"]
-            cells += [f"{weights[who] / seconds / 1e9 / plain:.0%}", f"{theirs / seconds:.2f}"]
-            cells += [f"{best[who, batch]['first']:.2f}", f"{cold[who, batch]:.1f}"]
+            if one.name not in step:
+                print(f"| {name} | {batch} | failed: {one.failed} |")
+                continue
+            seconds, speed = step[one.name], read[one.name] / step[one.name] / 1e9
+            cells = [name, batch, f"{batch / seconds:.1f}", f"{speed:.1f}", f"{speed / plain:.0%}", f"{theirs / seconds:.2f}"]
+            cells += [f"{best[one.name, batch]['first']:.2f}", f"{cold[one.name, batch]:.1f}"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
@@ -203,24 +205,23 @@ def main():
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=6, help="turns of each that count")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, both sides")
+    parser.add_argument(
+        "--how", nargs="+", choices=("eager", "compiled"), default=["eager"], help="with torch.compile or without"
+    )
     parser.add_argument("--bitsandbytes", action="store_true", help="also transformers + bitsandbytes on a CPU")
     parser.add_argument("--loading", action="store_true", help="instead: how long loading takes")
-    for internal in ("--folder", "--who"):
-        parser.add_argument(internal, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further round after so many")
+    parser.add_argument("--folder", help="weights of --preset that are there already, instead of random ones made first")
+    parser.add_argument("--who", help=argparse.SUPPRESS)
+    began, options = time.monotonic(), parser.parse_args()
     if options.who:
         return contestant(options)
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = options.folder or folder
-        if options.folder == folder:
-            torch.manual_seed(0)
-            save_hf(random_model(PRESETS[options.preset], device="cpu", dtype=torch.bfloat16), folder)
+    with weights(options.preset, options.device, options.folder) as options.folder:
         print(
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, bf16, "
             f"{options.new_tokens} tokens after 32"
         )
-        (loading if options.loading else compare)(options)
+        loading(options) if options.loading else compare(options, began)
 
 
 if __name__ == "__main__":

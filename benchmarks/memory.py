@@ -9,12 +9,13 @@ small sizes, it is the tracker's count on real tensors. Prints a markdown table 
 """
 
 import argparse
-import gc
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,11 +34,19 @@ AGAIN = {"gradient_checkpointing": True}
 METHODS = {
     "full": {"method": "full"},
     "full, pure bf16, 8-bit AdamW": {"method": "full", "optim": "adamw_8bit", "pure_bf16": True},
+    "full, the same, stepped in backward": {
+        "method": "full",
+        "optim": "adamw_8bit",
+        "pure_bf16": True,
+        "optimizer_in_backward": True,
+        "max_grad_norm": 0.0,
+    },
     "lora": {},
     "lora, int8": {"quantize": "int8"},
     "qlora": {"method": "qlora", "quantize": "nf4"},
 }
 CUDA = [  # preset, method, tokens, gradient checkpointing
+    ("7b", "full", 2048, True),
     ("125m", "full", 512, False),
     ("125m", "full", 4096, False),
     ("125m", "lora", 2048, False),
@@ -55,15 +64,16 @@ CUDA = [  # preset, method, tokens, gradient checkpointing
     ("7b", "qlora", 1024, True),
     ("7b", "qlora", 2048, True),
     ("7b", "qlora", 2048, False),
+    ("7b", "qlora", 4096, True),
     ("7b", "qlora", 8192, True),
-    ("7b", "full", 2048, True),
     ("7b", "full, pure bf16, 8-bit AdamW", 2048, True),
+    ("7b", "full, the same, stepped in backward", 2048, True),
 ]
 CPU = [("125m", method, 256, again) for method in METHODS for again in (False, True)]
 
 
-def one(device: torch.device, preset: str, method: str, tokens: int, again: bool) -> dict:
-    """{predicted, measured, predicted_reserved, measured_reserved} in bytes; the measured ones None if it ran out of memory."""
+def one(part: str, device: torch.device, preset: str, method: str, tokens: int, again: bool) -> dict:
+    """{peak, reserved} in bytes, predicted or measured; nothing if the device ran out of memory."""
     gpu, sizes = None, PRESETS[preset]
     if device.type == "cuda":
         gpu = GPU.here(device)
@@ -71,15 +81,23 @@ def one(device: torch.device, preset: str, method: str, tokens: int, again: bool
     flags = {"dtype": "bf16" if gpu else "fp32", "model_max_length": tokens // batch, "per_device_train_batch_size": batch}
     pure = METHODS[method].get("pure_bf16") and {"dtype": "bf16"}
     config = TrainConfig(**flags | METHODS[method] | (pure or {}) | {"gradient_checkpointing": again})
-    line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu is not None), gpu)
-    gc.collect()
-    row = {"predicted": line.peak, "predicted_reserved": line.reserved, "measured": None, "measured_reserved": None}
     try:
-        real = memory.measure(Rehearsal(config, sizes, device), device)
-        row |= {"measured": real.peak, "measured_reserved": real.reserved}
+        if part == "predicted":
+            line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu is not None), gpu)
+        else:
+            line = memory.measure(Rehearsal(config, sizes, device), device)
     except torch.OutOfMemoryError:
-        pass
-    return row
+        return {}
+    return {"peak": line.peak, "reserved": line.reserved}
+
+
+def asked(part: str, device: str, setting: tuple) -> dict:
+    """What `one` says in a process of its own; {"failed": its last words} if it ended early."""
+    command = [sys.executable, __file__, "--device", device, "--one", json.dumps([part, *setting])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1].replace("|", "/")}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def plan(preset: str) -> None:
@@ -152,30 +170,32 @@ def main():
     if mine.load:
         return load(mine.load, mine.method)
     if mine.one:
-        return print(json.dumps(one(torch.device(mine.device), *json.loads(mine.one))))
+        part, *setting = json.loads(mine.one)
+        return print(json.dumps(one(part, torch.device(mine.device), *setting)))
 
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if mine.device == 'cuda' else 'CPU'}\n")
     print("| model | method | tokens | checkpointing | predicted | measured | error | reserved: predicted | measured | error |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    worst = 0.0
-    for setting in CUDA if mine.device == "cuda" else CPU:
-        command = [sys.executable, __file__, "--device", mine.device, "--one", json.dumps(setting)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(f"| {' | '.join(map(str, setting))} | failed: {(done.stderr.strip().splitlines() or ['?'])[-1]} |")
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
-        cells = []
-        for kind in ("", "_reserved"):
-            predicted, measured = row[f"predicted{kind}"], row[f"measured{kind}"]
-            error = predicted / measured - 1 if predicted and measured else None
-            if error is not None and not kind:
-                worst = max(worst, abs(error))
-            out = "out of memory" if kind == "" and not measured else ""
-            cells += [f"{predicted / 1e9:.3f}" if predicted else "", f"{measured / 1e9:.3f}" if measured else out]
-            cells.append("" if error is None else f"{error:+.2%}")
-        preset, method, tokens, again = setting
-        print(f"| {preset} | {method} | {tokens:,} | {'on' if again else 'off'} | {' | '.join(cells)} |", flush=True)
+    worst, settings = 0.0, CUDA if mine.device == "cuda" else CPU
+    cores = os.cpu_count() or 2
+    # Predicting takes a core. On a GPU what is measured takes its memory: the largest comes first, beside small ones.
+    with ThreadPoolExecutor(max(1, cores // 2)) as pool, ThreadPoolExecutor(3 if cores > 4 else 1) as device:
+        predictions, measurements = (
+            [workers.submit(asked, part, mine.device, setting) for setting in settings]
+            for workers, part in ((pool, "predicted"), (device, "measured"))
+        )
+        for setting, prediction, measurement in zip(settings, predictions, measurements, strict=True):
+            predicted, measured, cells = prediction.result(), measurement.result(), []
+            for kind in ("peak", "reserved"):
+                there, here = predicted.get(kind), measured.get(kind)
+                error = there / here - 1 if there and here else None
+                if error is not None and kind == "peak":
+                    worst = max(worst, abs(error))
+                out = measured.get("failed", "out of memory" if not measured else "") if kind == "peak" else ""
+                cells += [f"{there / 1e9:.3f}" if there else predicted.get("failed", "")]
+                cells += [f"{here / 1e9:.3f}" if here else out, "" if error is None else f"{error:+.2%}"]
+            preset, method, tokens, again = setting
+            print(f"| {preset} | {method} | {tokens:,} | {'on' if again else 'off'} | {' | '.join(cells)} |", flush=True)
     print(f"\nGB (10^9 bytes). Largest error of the allocated peak: {worst:.2%}.")
 
 

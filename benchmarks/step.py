@@ -13,23 +13,26 @@ A step is forward, backward, clipping and AdamW. Without --data a document is `l
 the first. Only real tokens are counted, never padding. Utilisation is the FLOPs that a step needs, over what this device does in
 one large matrix product: 2 a weight and token for forward, 2 for the gradient of its input, 2 for its own if it is trained, with
 attention's 6 x layers x dim x length (half of its square, forward and twice in backward); what is computed again counts nothing.
-Memory is the peak from the first step on: CUDA's allocator's, or on a CPU the process's, model and libraries included."""
+Memory is the peak from the first step on: CUDA's allocator's, or on a CPU the process's, model and libraries included. A
+contestant that ends early, as its library is not there or its memory too small, has its last words for a row."""
 
 import argparse
-import json
-import subprocess
+import shlex
 import sys
-import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from turns import Contestant, answer, weights  # noqa: E402
+
 from data import PackedBatches, Tokenizer, encode_documents, load_template, read_dialogs  # noqa: E402
 from generate import DTYPES  # noqa: E402
-from model import PRESETS, ModelConfig, random_model, save_hf  # noqa: E402
+from helping.flags import parse_flags  # noqa: E402
+from model import PRESETS, ModelConfig  # noqa: E402
 
 
 def documents_of(options) -> list[tuple[list[int], list[int]]]:
@@ -52,14 +55,9 @@ def our_step(options):
     from train import TrainConfig, Workers, build, make_optimizer, precision, training_step
 
     device = torch.device(options.device)
-    config = TrainConfig(
-        model=options.folder,
-        method=options.method,
-        quantize="nf4" if options.method == "qlora" else "none",
-        dtype=options.dtype,
-        compile=options.who == "compiled",
-        learning_rate=1e-4,
-    )
+    settings = {"model": options.folder, "method": options.method, "dtype": options.dtype, "learning_rate": 1e-4}
+    settings |= {"quantize": "nf4" if options.method == "qlora" else "none", "compile": options.who == "compiled"}
+    config = TrainConfig(**settings | parse_flags(TrainConfig, "", shlex.split(options.ours)))
     model = build(config, device)
     model.train()
     optimizer, (scaler, autocast) = make_optimizer(config, model), precision(config, device)
@@ -130,21 +128,27 @@ def their_step(options):
 
 
 def contestant(options) -> None:
-    """Say "ready", then answer every line on stdin with one step: {"seconds", "loss", "tokens"}; at its end say the peak."""
+    """Say that it is ready, then answer every line on stdin with a turn: its steps as {"seconds", "loss", "tokens"}; at its end
+    say the peak."""
     step = (our_step if options.who in ("ours", "compiled") else their_step)(options)
-    cuda = options.device == "cuda"
+    cuda, numbers = options.device == "cuda", count()
     if cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
-    print(json.dumps("ready"), flush=True)
-    for turn, _ in enumerate(sys.stdin):
-        began = time.perf_counter()
-        loss, tokens = step(turn)  # reads the loss, so the GPU has finished
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "tokens": tokens}), flush=True)
+    answer({"ready": True})
+    for _ in sys.stdin:
+        turn = []
+        for _ in range(options.steps):
+            began = time.perf_counter()
+            loss, tokens = step(next(numbers))  # reads the loss, so the GPU has finished
+            turn.append({"seconds": time.perf_counter() - began, "loss": loss, "tokens": tokens})
+        if cuda:  # the others need the room
+            torch.cuda.empty_cache()
+        answer(turn)
     status = Path("/proc/self/status").read_text() if not cuda else ""
-    peak = torch.cuda.max_memory_allocated() if cuda else int(status.split("VmHWM:")[1].split()[0]) * 1024
-    print(json.dumps({"peak": peak}), flush=True)
+    answer({"peak": torch.cuda.max_memory_allocated() if cuda else int(status.split("VmHWM:")[1].split()[0]) * 1024})
 
 
 def matmul_rate(options) -> float:
@@ -156,6 +160,9 @@ def matmul_rate(options) -> float:
         began = time.perf_counter()
         (x @ x)[0, 0].item()  # waits for the GPU
         seconds.append(time.perf_counter() - began)
+    del x
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
     return 2 * side**3 / min(seconds)
 
 
@@ -165,51 +172,40 @@ def flops_of_a_token(config: ModelConfig, method: str, length: float) -> float:
     return (6 if method == "full" else 4) * weights + 6 * config.n_layers * config.dim * length
 
 
-def compare(options) -> None:
-    """Run every method with every contestant, a step each in turns, and print a row each."""
-    common = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder]
-    people = {
-        (method, who): subprocess.Popen(
-            [*common, "--method", method, "--who", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for method in options.methods
-        for who in options.contestants
-    }
-
-    def heard(who):
-        while line := people[who].stdout.readline():
-            if line.startswith(("{", '"ready"')):  # libraries print on stdout as well
-                return json.loads(line)
-        raise SystemExit(f"{who} stopped; see above")
-
-    for who in people:
-        heard(who)
-    said, peak = {who: [] for who in people}, {}
-    for _ in range(options.rounds):
-        for who, process in people.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            said[who].append(heard(who))
-    for who, process in people.items():
-        process.stdin.close()
-        peak[who] = heard(who)["peak"]
-        process.wait()
-
-    def rate(who):
-        steps = said[who][1:] if options.data else [min(said[who], key=lambda step: step["seconds"])]
-        return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
-
+def compare(options, began: float) -> None:
+    """Run every method with every contestant, a turn each in turns, and print a row each, method by method."""
     sizes = [len(ids) for ids, _ in documents_of(options)]
     length, limit = sum(n * n for n in sizes) / sum(sizes), matmul_rate(options)  # of the document a token is in
-    print(f"one large product: {limit / 1e12:.2f} TFLOP/s\n")
-    print("| method | | real tokens/s | utilisation | peak GB | first loss | ours is faster by | takes of their memory |")
-    print("|---|---|---|---|---|---|---|---|")
-    for method, who in people:
-        key, ours = (method, who), (method, options.contestants[0])
-        used = rate(key) * flops_of_a_token(PRESETS[options.preset], method, length) / limit
-        cells = [f"{rate(key):,.0f}", f"{used:.0%}", f"{peak[key] / 1e9:.2f}", f"{said[key][0]['loss']:.4f}"]
-        cells += ["", ""] if key == ours else [f"{rate(ours) / rate(key):.2f}", f"{peak[ours] / peak[key]:.2f}"]
-        print(f"| {method} | {who} | " + " | ".join(cells) + " |", flush=True)
+    print("\n| method | | real tokens/s | utilisation | peak GB | first loss | ours is faster by | takes of their memory |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for method in options.methods:
+        people = [Contestant(who, ["--folder", options.folder, "--method", method, "--who", who]) for who in options.contestants]
+        for one in people:
+            one.hear()
+        turns = {one.name: [] for one in people}
+        for _ in range(options.rounds):
+            for one in people:
+                turns[one.name].append(one.ask("a turn"))
+            if time.monotonic() - began > options.seconds:
+                break
+        limit = max(limit, matmul_rate(options))  # as others may have been at work
+        peaks, rates = {one.name: (one.leave() or {}).get("peak") for one in people}, {}
+        for one in people:
+            if one.failed:
+                print(f"| {method} | {one.name} | failed: {one.failed} |", flush=True)
+                continue
+            said = turns[one.name]
+            # What is made or allocated for the first time is not a step's time: on a GPU in every turn, as all is given back.
+            steps = [step for turn in said for step in turn[1:]] or [step for turn in said[1:] or said for step in turn]
+            steps = steps if options.data else [min(steps, key=lambda step: step["seconds"])]
+            rate = rates[one.name] = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+            used = rate * flops_of_a_token(PRESETS[options.preset], method, length) / limit
+            cells = [f"{rate:,.0f}", f"{used:.0%}", f"{peaks[one.name] / 1e9:.2f}", f"{said[0][0]['loss']:.4f}"]
+            first = options.contestants[0]
+            if one.name != first and first in rates:
+                cells += [f"{rates[first] / rate:.2f}", f"{peaks[first] / peaks[one.name]:.2f}"]
+            print(f"| {method} | {one.name} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |", flush=True)
+    print(f"\nUtilisation is of {limit / 1e12:.2f} TFLOP/s, one large product.")
 
 
 def main():
@@ -226,24 +222,24 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens of a document; with --data its limit, and a row's length")
     parser.add_argument("--data", help="a file of records instead of random tokens")
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny" / "tokenizer.model"))
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each, in turns")
-    for internal in ("--folder", "--method", "--who"):
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--steps", type=int, help="of a turn; of several, the first does not count [1, cuda: 4]")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further round after so many")
+    parser.add_argument("--ours", default="", help="flags of train.py for ours, as in --ours='--gradient_checkpointing True'")
+    parser.add_argument("--folder", help="weights of --preset that are there already, instead of random ones made first")
+    for internal in ("--method", "--who"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    began, options = time.monotonic(), parser.parse_args()
+    options.steps = options.steps or (4 if options.device == "cuda" else 1)
     if options.who:
         return contestant(options)
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = folder
-        torch.manual_seed(0)
-        model = random_model(PRESETS[options.preset], device=options.device, dtype=torch.bfloat16)
-        save_hf(model, folder, dtype=torch.bfloat16)
-        del model
+    with weights(options.preset, options.device, options.folder) as options.folder:
         work = f"{Path(options.data).name} at" if options.data else f"random tokens, {options.sequences} x"
         print(
             f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.preset}, {options.dtype}"
         )
         print(f"{work} {options.length}")
-        compare(options)
+        compare(options, began)
 
 
 if __name__ == "__main__":
