@@ -21,21 +21,22 @@ from turns import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP, BOTH = "--contestants ours theirs --rounds 3", "--contestants ours compiled theirs --rounds 3"
-LEAN = "--gradient_checkpointing --pure_bf16 --optim adamw_8bit --optimizer_in_backward --max_grad_norm 0"
 # (seconds, script, arguments); with 20 s for the weights the sum is under nine minutes
 CUDA = (
     (20, "nf4.py", ""),
+    (15, "ideas.py", "--preset 7b --tokens 4096"),
     (70, "step.py", f"--preset 7b --methods lora --sequences 4 --length 1024 {BOTH}"),
     (55, "step.py", f"--preset 7b --methods lora --sequences 1 --length 4096 {STEP}"),
     (50, "step.py", f"--preset 7b --methods qlora --sequences 4 --length 1024 {STEP}"),
-    (40, "step.py", f"--preset 7b --methods full --sequences 4 --length 1024 --contestants ours --rounds 3 --ours='{LEAN}'"),
-    (40, "step.py", f"--preset 1b --methods full --sequences 4 --length 1024 {STEP}"),
+    (35, "step.py", "--preset 7b --methods full --sequences 8 --length 1024 --contestants ours --rounds 3"),
+    (35, "step.py", f"--preset 1b --methods full --sequences 4 --length 1024 {STEP}"),
     (55, "decode.py", "--preset 7b --quantize none nf4 --rounds 3"),
     (90, "memory.py", ""),
     (90, "decode.py", "--preset 7b --quantize none nf4 --how compiled --rounds 2"),
 )
 CPU = (
     (120, "nf4.py", ""),
+    (60, "ideas.py", ""),
     (240, "step.py", "--methods lora full --rounds 3"),
     (120, "decode.py", "--preset 125m"),
 )
