@@ -213,8 +213,10 @@ if triton:
         if NESTED:
             code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
             group = tl.load(nested + block // NESTED, mask=inside, other=0.0)
-            return tl.load(dynamic + code) * group + tl.load(offset)
-        return tl.load(absmax + block, mask=inside, other=0.0)
+            scale = tl.load(dynamic + code) * group + tl.load(offset)
+        else:
+            scale = tl.load(absmax + block, mask=inside, other=0.0)
+        return scale  # the one return: a compiled kernel may not return bytes here and fp32 there
 
     @triton.jit
     def _dequantize_kernel(data, absmax, nested, offset, levels, dynamic, out, blocks, NESTED: tl.constexpr, B: tl.constexpr):
@@ -277,8 +279,9 @@ def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
     out = x.new_empty(len(rows), n)
     arguments, nested = _kernel_arguments(packed)
     _matvec_kernel[(triton.cdiv(n, 16),)](
-        rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee", BN=16, BYTES=128, num_stages=4
-    )
+        rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
+        BN=16, BYTES=128, num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
+    )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
 

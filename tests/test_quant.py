@@ -1,6 +1,7 @@
 """quant.py: NF4 as published and as bitsandbytes stores it, and linears that give exactly what their packed weight says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -255,6 +256,56 @@ def test_both_kernels_follow_rows_in_another_order():
     assert torch.equal(dequantize_triton(moved, torch.float16), dequantize_plain(moved, torch.float16))
     x = torch.randn(2, 768, device=packed.data.device)
     assert torch.allclose(matvec_triton(x, moved), F.linear(x, dequantize_plain(moved, x.dtype)), atol=1e-4)
+
+
+COMPILES = """
+import sys, torch
+torch.cuda.is_available = lambda: True  # so that quant.py has its kernels
+import quant
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+capability, dtype, double_quant = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3] == "True"
+kinds = {torch.uint8: "*u8", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        return self
+    def __call__(self, *values, **options):
+        names = self.kernel.arg_names
+        values = dict(zip(names, values)) | {name: options.pop(name) for name in names if name in options}
+        fixed = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
+        kind = lambda value: kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        signature = {name: "constexpr" if name in fixed else kind(value) for name, value in values.items()}
+        source = ASTSource(self.kernel, signature, constexprs=fixed)
+        made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        print(len(made.asm["cubin"]), made.metadata.shared)
+
+packed = quant.quantize_nf4(torch.randn(32, 512), double_quant)
+quant._dequantize_kernel, quant._matvec_kernel = Compiled(quant._dequantize_kernel), Compiled(quant._matvec_kernel)
+quant.dequantize_triton(packed, dtype)
+quant.matvec_triton(torch.randn(3, 512).to(dtype), packed)
+"""
+
+
+@pytest.mark.live
+@KERNEL
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("gpu", "dtype"), [(75, "float16"), (75, "float32"), (86, "bfloat16"), (86, "float32"), (90, "bfloat16"), (90, "float16")]
+)
+def test_both_kernels_compile_to_the_machine_code_of_gpus_and_fit_the_shared_memory_of_the_smallest(gpu, dtype, double_quant):
+    """The interpreter accepts what the compiler refuses, such as two returns of different types; no GPU is needed to compile.
+    A T4 (75) has 64 KB of shared memory, an RTX 3090 (86) 99, an H100 (90) 227."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILES, str(gpu), dtype, str(double_quant)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dequantize, matvec = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert min(dequantize[0], matvec[0]) > 1000 and max(dequantize[1], matvec[1]) <= 64 * 1024
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
