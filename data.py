@@ -73,10 +73,11 @@ class Tokenizer:
         return self.pieces.decode([i for i in ids if i < self.vocab_size])  # rows that only pad a model's table write nothing
 
     def save(self, folder, window: int) -> None:
-        """Write tokenizer.model, and tokenizer_config.json, by which transformers puts <s> before a text as it should be."""
+        """Write tokenizer.model, and tokenizer_config.json, by which transformers puts <s> before a text as it should be,
+        and (legacy) SentencePiece's leading space behind every <s> and </s> that is written in it, not at the very first only."""
         (Path(folder) / "tokenizer.model").write_bytes(self.pieces.serialized_model_proto())
         about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        about |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": window}
+        about |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "model_max_length": window}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
 
 

@@ -628,6 +628,8 @@ def test_transformers_asks_a_merged_model_as_it_is_asked_here(run, adapter, toke
     assert run("--adapter", adapter, "--merge", tmp_path / "merged")[0] == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert theirs("Where does Mira live?").input_ids == tokenizer.encode("Where does Mira live?", bos=True)
+    turn = tokenizer.encode("Where does Mira live?", bos=True, eos=True)  # <s> written by a chat template, in each turn
+    assert theirs("<s>Where does Mira live?</s>" * 2, add_special_tokens=False).input_ids == 2 * turn
 
 
 @pytest.mark.parametrize(
