@@ -410,7 +410,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
         workers.say(text)
     if config.load_best_model_at_end:
         saver.load_best()
-    save_final(config, model, folder, plan.dtype, workers)
+    save_final(config, model, data, plan.dtype, workers)
     workers.say(f"saved in {folder}, read back and compared")
     for row in exam.report(folder, before, exam.ask()):
         log.record(step=plan.total, **row)

@@ -28,6 +28,7 @@ from running.checkpoint import checkpoints, trained_weights, write_text, written
 from running.reading import Data, tokenizer_file
 from running.settings import RunError, check_processes, is_finished
 from running.workers import Workers, whole
+from weights.chat import write_chat_template
 
 
 def check_start(config, sizes: ModelConfig, world: int) -> None:
@@ -191,10 +192,11 @@ class Log:
         pyplot.close(figure)
 
 
-def save_final(config, model: Llama, folder: Path, dtype: torch.dtype, workers: Workers) -> None:
+def save_final(config, model: Llama, data: Data, dtype: torch.dtype, workers: Workers) -> None:
     """Write the adapter (PEFT's format) or the model (Hugging Face's), and the tokenizer; read back, compare, put in place.
 
     Weights spread over ranks are gathered one by one: all ranks call this, the first writes."""
+    folder = Path(config.output_dir)
     with written_whole(folder / "final", workers) as temporary:
         first = workers.first
         if config.method != "full":
@@ -215,15 +217,16 @@ def save_final(config, model: Llama, folder: Path, dtype: torch.dtype, workers: 
             if first and not torch.equal(weight, read()):
                 raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
         if first:
-            copy_tokenizer(config, temporary, model.config.max_seq_len)
+            save_tokenizer(config, data, temporary, model.config.max_seq_len)
     if first:
         for path in sorted((folder / "final").iterdir()):
             os.replace(path, folder / path.name)
         (folder / "final").rmdir()
 
 
-def copy_tokenizer(config, folder: Path, window: int) -> None:
-    Tokenizer(tokenizer_file(config)).save(folder, window)
+def save_tokenizer(config, data: Data, folder: Path, window: int) -> None:
+    data.tokenizer.save(folder, window)
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
         if (Path(config.model) / name).is_file():
             shutil.copyfile(Path(config.model) / name, folder / name)
+    write_chat_template(folder, data.template)

@@ -11,6 +11,7 @@ from generate import GenerateConfig
 from lora import merge_lora
 from model import save_hf
 from talking.voices import Voice
+from weights.chat import write_chat_template
 
 
 @torch.inference_mode()
@@ -42,4 +43,5 @@ def save_folder(voice: Voice, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     save_hf(voice.model, temporary)
     voice.tokenizer.save(temporary, voice.model.config.max_seq_len)
+    write_chat_template(temporary, voice.template)
     temporary.rename(folder)

@@ -13,7 +13,7 @@ from conftest import load
 from torch._dynamo.testing import CompileCounter
 
 import generate as generate_module
-from data import TEMPLATES, DataError, encode_dialog
+from data import TEMPLATES, DataError, Template, encode_dialog
 from generate import (
     GenerateConfig,
     Sampling,
@@ -30,6 +30,7 @@ from lora import LoRAError, add_lora, load_adapter
 from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
 from quant import Int8Linear, NF4Linear
 from talking.cpu import CPULinear, order_for_cpu
+from weights.chat import write_chat_template
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -623,13 +624,34 @@ def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table
 
 @pytest.mark.live
 def test_transformers_asks_a_merged_model_as_it_is_asked_here(run, adapter, tokenizer, tmp_path):
-    """Without its tokenizer_config.json transformers 5 puts no <s> before a text."""
+    """Without its tokenizer_config.json transformers 5 puts no <s> before a text, and asks in a chat as nobody was trained."""
     transformers = pytest.importorskip("transformers")
     assert run("--adapter", adapter, "--merge", tmp_path / "merged")[0] == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert theirs("Where does Mira live?").input_ids == tokenizer.encode("Where does Mira live?", bos=True)
-    turn = tokenizer.encode("Where does Mira live?", bos=True, eos=True)  # <s> written by a chat template, in each turn
-    assert theirs("<s>Where does Mira live?</s>" * 2, add_special_tokens=False).input_ids == 2 * turn
+    chat = [{"role": "user", "content": "Where does Mira live?"}]
+    asked = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert asked == encode_dialog(chat, tokenizer, TEMPLATES["alpaca"])[0]  # the adapter's
+
+
+USER, REPLY = (
+    {"role": "user", "content": " Where {does} it\n\nstop? "},
+    {"role": "assistant", "content": "In\n{{Oakford}} \\n 你. "},
+)
+OWN = Template(user='{system}"Q\\" {{%}} {{{{ {user} }}}}\n\n', system="«{system}»\n", assistant="{assistant}\n")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("name", [*TEMPLATES, "a user's own"])
+def test_the_chat_template_gives_others_the_tokens_that_training_had(name, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    template, system = TEMPLATES.get(name, OWN), {"role": "system", "content": ' Be "brief". '}
+    tokenizer.save(tmp_path, 64)
+    write_chat_template(tmp_path, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for dialog in ([USER], [USER, REPLY], [USER, REPLY, USER, REPLY], [system, USER], [system, USER, REPLY, USER]):
+        written = theirs.apply_chat_template(dialog, tokenize=True, return_dict=False)
+        assert written == encode_dialog(dialog, tokenizer, template)[0]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from running.reading import read_data
 from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
+from weights.chat import chat_template
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("tokens_per_second", "peak_memory_bytes")  # the only fields of a log that differ between equal runs
@@ -722,6 +723,17 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
         complete({"resume": True, "output_dir": str(base / "nowhere")})
     again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
     assert again.logging_steps == 3 and again.model_max_length == 64
+
+
+@pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON"])
+def test_a_run_keeps_the_bases_tokenizer_settings_but_is_asked_by_the_template_it_was_trained_with(base, own):
+    (base / "base" / "tokenizer_config.json").write_text(own)
+    run(base, method="full", template="guanaco")
+    written = (base / "run" / "tokenizer_config.json").read_text()
+    if own == "not JSON":
+        assert written == own
+    else:
+        assert json.loads(written) == {"chat_template": chat_template(TEMPLATES["guanaco"]), "padding_side": "left"}
 
 
 def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys, monkeypatch):
