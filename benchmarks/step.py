@@ -21,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain, repeat
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -73,25 +75,33 @@ def our_step(options):
     return step
 
 
-def their_step(options):
-    """What the libraries' documentation shows: a quantised or bf16 base, PEFT on all linears, fused AdamW, clipping at 1."""
+def their_model(options):
+    """transformers' model, quantised, bf16, or fp32 where all of it trains; and PEFT's LoRA on all linears, None for full."""
     import peft
     import transformers
 
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     how = {"dtype": torch.float32 if options.method == "full" else dtype, "attn_implementation": "sdpa"}
     if options.method == "qlora":
         how["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     how["device_map"] = {"": options.device}
+    adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, **how)
+    return model, adapters if options.method != "full" else None
+
+
+def their_step(options):
+    """What the libraries' documentation shows: a quantised or bf16 base, PEFT on all linears, fused AdamW, clipping at 1."""
+    import peft
+
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    model, adapters = their_model(options)
     if options.method == "qlora":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if options.method != "full":
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+    if adapters:
+        model = peft.get_peft_model(model, adapters)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -129,9 +139,135 @@ def their_step(options):
     return step
 
 
+def trl_step(options):
+    """TRL's SFTTrainer, packing rows as long as ours by its own rule: best fit, longest first."""
+    model, adapters = their_model(options)
+    return trainer_step(options, model, packing=True, peft_config=adapters)
+
+
+def unsloth_step(options):
+    """Unsloth's model in the SFTTrainer that it changes. On a CPU it refuses to pack: its batches are padded, as theirs are."""
+    from unsloth import FastLanguageModel  # before the libraries that it changes
+
+    full, qlora, dtype = options.method == "full", options.method == "qlora", DTYPES[options.dtype]
+    how = {"max_seq_length": options.length, "use_gradient_checkpointing": False}
+    model, _ = FastLanguageModel.from_pretrained(
+        options.folder, dtype=torch.float32 if full else dtype, load_in_4bit=qlora, full_finetuning=full, **how
+    )
+    if not full:
+        linears = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=16, target_modules=linears, **how)
+    return trainer_step(options, model, packing=options.device == "cuda")
+
+
+def trainer_step(options, model, packing: bool, peft_config=None):
+    """A step of SFTTrainer's own: its next batch, its training_step, clipping and AdamW as its train() does them."""
+    import datasets
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    rows = rows_of(options)
+    config = SFTConfig(
+        output_dir=options.folder,
+        packing=packing,
+        max_length=rows.row_tokens if packing else options.length,
+        per_device_train_batch_size=1 if packing else options.sequences,
+        learning_rate=1e-4,
+        bf16=options.dtype == "bf16",
+        gradient_checkpointing=False,
+        use_cpu=options.device == "cpu",
+        report_to="none",
+    )
+    Tokenizer(options.tokenizer).save(options.folder, options.length)
+    trainer = SFTTrainer(
+        model,
+        config,
+        train_dataset=datasets.Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*rows.documents)))),
+        processing_class=transformers.AutoTokenizer.from_pretrained(options.folder),
+        peft_config=peft_config,
+    )
+    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+    batches = chain.from_iterable(repeat(trainer.get_train_dataloader()))  # an epoch after the other
+
+    def step(turn):
+        [inputs], supervised = trainer.get_batch_samples(batches, 1, config.device)
+        real = int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        loss = trainer.training_step(model, inputs, supervised)
+        trainer.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        model.zero_grad()
+        return loss.item(), real
+
+    return step
+
+
+def torchtune_step(options):
+    """torchtune's parts as its recipe lora_finetune_single_device puts them together: its model with our weights, its packed
+    rows, padded to our rows' length, its loss in 8 pieces. Its adapters and their AdamW are in bf16, as its recipe has them."""
+    from torchtune.data import padded_collate_packed
+    from torchtune.datasets import PackedDataset
+    from torchtune.models.convert_weights import hf_to_tune
+    from torchtune.models.llama2 import lora_llama2
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+    from torchtune.modules.peft import get_adapter_params, set_trainable_params
+    from torchtune.training import scale_grads, set_default_dtype
+
+    if options.method == "full":
+        raise SystemExit("torchtune takes part in lora and qlora: its recipe for full trains in bf16 alone")
+    device, config, rows = torch.device(options.device), PRESETS[options.preset], rows_of(options)
+    with set_default_dtype(DTYPES[options.dtype]), device:
+        model = lora_llama2(
+            ["q_proj", "k_proj", "v_proj", "output_proj"],
+            apply_lora_to_mlp=True,
+            vocab_size=config.vocab_size,
+            num_layers=config.n_layers,
+            num_heads=config.n_heads,
+            num_kv_heads=config.n_kv_heads,
+            embed_dim=config.dim,
+            max_seq_len=rows.row_tokens,
+            intermediate_dim=config.hidden_dim,
+            norm_eps=config.norm_eps,
+            lora_rank=8,
+            lora_alpha=16,
+            quantize_base=options.method == "qlora",
+        )
+    weights = {name: x for file in Path(options.folder).glob("*.safetensors") for name, x in load_file(file).items()}
+    model.load_state_dict(hf_to_tune(weights, config.n_heads, config.n_kv_heads, config.dim), strict=False)  # LoRA is new
+    set_trainable_params(model, get_adapter_params(model))
+    loss_of = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss_of.num_output_chunks)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    documents = [{"tokens": tokens, "labels": [-100, *labels[1:]]} for tokens, labels in rows.documents]
+    loader = torch.utils.data.DataLoader(
+        PackedDataset(documents, max_seq_len=rows.row_tokens), shuffle=True, collate_fn=padded_collate_packed
+    )
+    batches = chain.from_iterable(repeat(loader))
+
+    def step(turn):
+        batch = {name: x.to(device) for name, x in next(batches).items()}
+        labels = torch.hstack((batch.pop("labels")[:, 1:], torch.full((1, 1), -100, device=device)))
+        supervised = (labels != -100).sum()
+        loss = loss_of(model(**batch), labels) * supervised
+        loss.backward()
+        scale_grads(model, 1 / supervised)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return (loss / supervised).item(), int((batch["tokens"] != 0).sum())
+
+    return step
+
+
+CONTESTANTS = {"ours": our_step, "compiled": our_step, "theirs": their_step, "packed": their_step}
+CONTESTANTS |= {"trl": trl_step, "unsloth": unsloth_step, "torchtune": torchtune_step}
+
+
 def contestant(options) -> None:
     """Say "ready", then answer every line on stdin with one step: {"seconds", "loss", "tokens"}; at its end say the peak."""
-    step = (our_step if options.who in ("ours", "compiled") else their_step)(options)
+    try:
+        step = CONTESTANTS[options.who](options)
+    except ImportError as error:
+        raise SystemExit(f"{options.who} cannot run here: {error}. pip install {options.who} is what it needs") from None
     cuda = options.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -217,9 +353,8 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="125m")
     parser.add_argument("--methods", nargs="+", choices=("lora", "qlora", "full"), default=["lora", "qlora"])
-    names = ("ours", "compiled", "theirs", "packed")
     parser.add_argument(
-        "--contestants", nargs="+", choices=names, default=["ours", "theirs"], help="the first against the others"
+        "--contestants", nargs="+", choices=CONTESTANTS, default=["ours", "theirs"], help="the first against the others"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--sequences", type=int, default=2, help="documents of a padded batch")
