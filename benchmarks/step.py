@@ -2,12 +2,19 @@
 
     python benchmarks/step.py --methods lora qlora full [--preset 125m] [--device cuda] [--sequences 2] [--length 512]
     python benchmarks/step.py --data no_robots_test.jsonl --tokenizer tokenizer.model --length 2048 --sequences 4
+    python benchmarks/step.py --contestants ours trl torchtune --python trl=venv/bin/python torchtune=other/bin/python
 
 Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way:
   ours      train.py's own build and step, on a row of whole documents
   compiled  the same with --compile True
   theirs    what the libraries' documentation shows, on a batch padded to its longest document
   packed    theirs on our rows, with positions that restart at each document: what TRL's packing hands to the model
+  trl       TRL's SFTTrainer with packing=True, rows as long as ours; it takes entropy and accuracy of every step besides. The
+            documents of a row do not see each other: other tokens in the first left the second's log-probabilities bit-identical
+  unsloth   Unsloth's model in SFTTrainer as it changes it; on a CPU it switches packing off, so batches are padded as theirs are
+  torchtune its model, packed rows and chunked loss as its recipe puts them together
+The last three are not in requirements-extra.txt, as they ask for versions that exclude each other (`pip install trl`; `unsloth`;
+`torchtune torchao==0.10.0`): --python names the Python of an environment of their own, requirements.txt in it too.
 A step is forward, backward, clipping and AdamW. Without --data a document is `length` random tokens, all supervised, a row holds
 `sequences` of them, and the fastest step counts; with it the documents are the file's, and the sum of all steps counts after
 the first. Only real tokens are counted, never padding. Utilisation is the FLOPs that a step needs, over what this device does in
@@ -182,7 +189,7 @@ def trainer_step(options, model, packing: bool, peft_config=None):
     trainer = SFTTrainer(
         model,
         config,
-        train_dataset=datasets.Dataset.from_dict(dict(zip(("input_ids", "labels"), zip(*rows.documents)))),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows.documents]),
         processing_class=transformers.AutoTokenizer.from_pretrained(options.folder),
         peft_config=peft_config,
     )
@@ -237,7 +244,7 @@ def torchtune_step(options):
     loss_of = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss_of.num_output_chunks)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    documents = [{"tokens": tokens, "labels": [-100, *labels[1:]]} for tokens, labels in rows.documents]
+    documents = [{"tokens": [*tokens], "labels": [-100, *labels[1:]]} for tokens, labels in rows.documents]
     loader = torch.utils.data.DataLoader(
         PackedDataset(documents, max_seq_len=rows.row_tokens), shuffle=True, collate_fn=padded_collate_packed
     )
@@ -258,16 +265,24 @@ def torchtune_step(options):
     return step
 
 
-CONTESTANTS = {"ours": our_step, "compiled": our_step, "theirs": their_step, "packed": their_step}
-CONTESTANTS |= {"trl": trl_step, "unsloth": unsloth_step, "torchtune": torchtune_step}
+CONTESTANTS = {  # their step, and what it needs beside requirements.txt
+    "ours": (our_step, ""),
+    "compiled": (our_step, ""),
+    "theirs": (their_step, "transformers peft bitsandbytes"),
+    "packed": (their_step, "transformers peft bitsandbytes"),
+    "trl": (trl_step, "trl peft bitsandbytes"),
+    "unsloth": (unsloth_step, "unsloth"),
+    "torchtune": (torchtune_step, "torchtune torchao==0.10.0"),
+}
 
 
 def contestant(options) -> None:
     """Say "ready", then answer every line on stdin with one step: {"seconds", "loss", "tokens"}; at its end say the peak."""
+    make_step, needs = CONTESTANTS[options.who]
     try:
-        step = CONTESTANTS[options.who](options)
+        step = make_step(options)
     except ImportError as error:
-        raise SystemExit(f"{options.who} cannot run here: {error}. pip install {options.who} is what it needs") from None
+        raise SystemExit(f"step.py: {options.who} does not run here ({error}): pip install {needs}") from None
     cuda = options.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -303,10 +318,13 @@ def flops_of_a_token(config: ModelConfig, method: str, length: float) -> float:
 
 def compare(options) -> None:
     """Run every method with every contestant, a step each in turns, and print a row each."""
-    common = [sys.executable, __file__, *sys.argv[1:], "--folder", options.folder]
+    common, interpreters = [__file__, *sys.argv[1:], "--folder", options.folder], dict(options.python)
     people = {
         (method, who): subprocess.Popen(
-            [*common, "--method", method, "--who", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [interpreters.get(who, sys.executable), *common, "--method", method, "--who", who],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for method in options.methods
         for who in options.contestants
@@ -316,6 +334,8 @@ def compare(options) -> None:
         while line := people[who].stdout.readline():
             if line.startswith(("{", '"ready"')):  # libraries print on stdout as well
                 return json.loads(line)
+        for process in people.values():
+            process.kill()
         raise SystemExit(f"{who} stopped; see above")
 
     for who in people:
@@ -348,6 +368,13 @@ def compare(options) -> None:
         print(f"| {method} | {who} | " + " | ".join(cells) + " |", flush=True)
 
 
+def interpreter(text: str) -> tuple[str, str]:
+    who, _, path = text.partition("=")
+    if who not in CONTESTANTS or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: expected a contestant, = and its Python, as in trl=venv/bin/python")
+    return who, path
+
+
 def main():
     parser = argparse.ArgumentParser(description="A training step here and with transformers + PEFT, in turns.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -362,6 +389,7 @@ def main():
     parser.add_argument("--data", help="a file of records instead of random tokens")
     parser.add_argument("--tokenizer", default=str(ROOT / "tiny" / "tokenizer.model"))
     parser.add_argument("--rounds", type=int, default=5, help="steps of each, in turns")
+    parser.add_argument("--python", nargs="+", type=interpreter, default=[], metavar="WHO=PATH", help="of its own environment")
     for internal in ("--folder", "--method", "--who"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args()
