@@ -13,8 +13,8 @@ Each contestant is a process of its own that waits for its turn, so nobody's mem
             documents of a row do not see each other: other tokens in the first left the second's log-probabilities bit-identical
   unsloth   Unsloth's model in SFTTrainer as it changes it; on a CPU it switches packing off, so batches are padded as theirs are
   torchtune its model, packed rows and chunked loss as its recipe puts them together
-The last three are not in requirements-extra.txt, as they ask for versions that exclude each other (`pip install trl`; `unsloth`;
-`torchtune torchao==0.10.0`): --python names the Python of an environment of their own, requirements.txt in it too.
+The last three are not in requirements-extra.txt. `pip install trl` goes beside it; `unsloth` wants an older transformers and
+`torchtune torchao==0.10.0` an older torchao, so --python names the Python of an environment that has one and requirements.txt.
 A step is forward, backward, clipping and AdamW. Without --data a document is `length` random tokens, all supervised, a row holds
 `sequences` of them, and the fastest step counts; with it the documents are the file's, and the sum of all steps counts after
 the first. Only real tokens are counted, never padding. Utilisation is the FLOPs that a step needs, over what this device does in
@@ -147,13 +147,13 @@ def their_step(options):
 
 
 def trl_step(options):
-    """TRL's SFTTrainer, packing rows as long as ours by its own rule: best fit, longest first."""
+    """TRL's SFTTrainer as its documentation shows it, packing by its own rule: best fit, longest first."""
     model, adapters = their_model(options)
     return trainer_step(options, model, packing=True, peft_config=adapters)
 
 
 def unsloth_step(options):
-    """Unsloth's model in the SFTTrainer that it changes. On a CPU it refuses to pack: its batches are padded, as theirs are."""
+    """Unsloth's model in the SFTTrainer that it changes: it leaves out entropy and accuracy, and on a CPU packing."""
     from unsloth import FastLanguageModel  # before the libraries that it changes
 
     full, qlora, dtype = options.method == "full", options.method == "qlora", DTYPES[options.dtype]
@@ -185,7 +185,6 @@ def trainer_step(options, model, packing: bool, peft_config=None):
         use_cpu=options.device == "cpu",
         report_to="none",
     )
-    Tokenizer(options.tokenizer).save(options.folder, options.length)
     trainer = SFTTrainer(
         model,
         config,
@@ -220,7 +219,7 @@ def torchtune_step(options):
     from torchtune.training import scale_grads, set_default_dtype
 
     if options.method == "full":
-        raise SystemExit("torchtune takes part in lora and qlora: its recipe for full trains in bf16 alone")
+        raise SystemExit("step.py: torchtune takes part in lora and qlora: its recipe for full trains in bf16 alone")
     device, config, rows = torch.device(options.device), PRESETS[options.preset], rows_of(options)
     with set_default_dtype(DTYPES[options.dtype]), device:
         model = lora_llama2(
@@ -239,7 +238,8 @@ def torchtune_step(options):
             quantize_base=options.method == "qlora",
         )
     weights = {name: x for file in Path(options.folder).glob("*.safetensors") for name, x in load_file(file).items()}
-    model.load_state_dict(hf_to_tune(weights, config.n_heads, config.n_kv_heads, config.dim), strict=False)  # LoRA is new
+    left = model.load_state_dict(hf_to_tune(weights, config.n_heads, config.n_kv_heads, config.dim), strict=False)
+    assert not left.unexpected_keys and all("lora_" in name for name in left.missing_keys)
     set_trainable_params(model, get_adapter_params(model))
     loss_of = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss_of.num_output_chunks)
@@ -400,6 +400,7 @@ def main():
         torch.manual_seed(0)
         model = random_model(PRESETS[options.preset], device=options.device, dtype=torch.bfloat16)
         save_hf(model, folder, dtype=torch.bfloat16)
+        Tokenizer(options.tokenizer).save(folder, options.length)  # SFTTrainer asks for one
         del model
         work = f"{Path(options.data).name} at" if options.data else f"random tokens, {options.sequences} x"
         print(
