@@ -2,12 +2,19 @@
 
     python benchmarks/step.py --methods lora qlora full [--preset 125m] [--device cuda] [--sequences 2] [--length 512]
     python benchmarks/step.py --data no_robots_test.jsonl --tokenizer tokenizer.model --length 2048 --sequences 4
+    python benchmarks/step.py --contestants ours trl torchtune --python trl=venv/bin/python torchtune=other/bin/python
 
 Each contestant is a process of its own that waits for its turn, so nobody's memory or threads are in another's way:
   ours      train.py's own build and step, on a row of whole documents
   compiled  the same with --compile True
   theirs    what the libraries' documentation shows, on a batch padded to its longest document
   packed    theirs on our rows, with positions that restart at each document: what TRL's packing hands to the model
+  trl       TRL's SFTTrainer with packing=True, rows as long as ours; it takes entropy and accuracy of every step besides. The
+            documents of a row do not see each other: other tokens in the first left the second's log-probabilities bit-identical
+  unsloth   Unsloth's model in SFTTrainer as it changes it; on a CPU it switches packing off, so batches are padded as theirs are
+  torchtune its model, packed rows and chunked loss as its recipe puts them together
+The last three are not in requirements-extra.txt. `pip install trl` goes beside it; `unsloth` wants an older transformers and
+`torchtune torchao==0.10.0` an older torchao, so --python names the Python of an environment that has one and requirements.txt.
 A step is forward, backward, clipping and AdamW. Without --data a document is `length` random tokens, all supervised, a row holds
 `sequences` of them, and the fastest step counts; with it the documents are the file's, and the sum of all steps counts after
 the first. Only real tokens are counted, never padding. Utilisation is the FLOPs that a step needs, over what this device does in
@@ -27,6 +34,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import others  # noqa: E402
 from turns import Contestant, answer, weights  # noqa: E402
 
 from data import PackedBatches, Tokenizer, encode_documents, load_template, read_dialogs  # noqa: E402
@@ -50,7 +58,7 @@ def rows_of(options) -> PackedBatches:
     return PackedBatches(documents, options.length * (1 if options.data else options.sequences), shuffle=bool(options.data))
 
 
-def our_step(options):
+def our_step(options, rows):
     """train.py's own build and step. Returns step(turn) -> (mean loss, real tokens)."""
     from train import TrainConfig, Workers, build, make_optimizer, precision, training_step
 
@@ -61,7 +69,7 @@ def our_step(options):
     model = build(config, device)
     model.train()
     optimizer, (scaler, autocast) = make_optimizer(config, model), precision(config, device)
-    rows, workers = rows_of(options), Workers(device)
+    workers = Workers(device)
 
     def step(turn):
         row = rows.batch(0, turn % len(rows))
@@ -71,66 +79,25 @@ def our_step(options):
     return step
 
 
-def their_step(options):
-    """What the libraries' documentation shows: a quantised or bf16 base, PEFT on all linears, fused AdamW, clipping at 1."""
-    import peft
-    import transformers
-
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    how = {"dtype": torch.float32 if options.method == "full" else dtype, "attn_implementation": "sdpa"}
-    if options.method == "qlora":
-        how["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    how["device_map"] = {"": options.device}
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, **how)
-    if options.method == "qlora":
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if options.method != "full":
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    rows = rows_of(options)
-    shuffled = torch.randperm(len(rows.documents), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def batch(turn):
-        if options.who == "packed":  # our row, each document's labels with its first token's out: nothing predicts it
-            documents = [rows.documents[i] for i in rows.documents_in(0, turn % len(rows))]
-            ids = torch.cat([torch.tensor(tokens) for tokens, _ in documents])[None]
-            labels = torch.cat([torch.tensor([-100, *labels[1:]]) for _, labels in documents])[None]
-            positions = torch.cat([torch.arange(len(tokens)) for tokens, _ in documents])[None]
-            return {"input_ids": ids, "labels": labels, "position_ids": positions}, ids.numel()
-        first = turn * options.sequences % (len(shuffled) - options.sequences + 1)
-        documents = [rows.documents[i] for i in shuffled[first : first + options.sequences]]
-        longest = max(len(tokens) for tokens, _ in documents)
-        ids, labels, mask = (torch.full((len(documents), longest), fill) for fill in (0, -100, 0))
-        for i, (tokens, wanted) in enumerate(documents):
-            ids[i, : len(tokens)], labels[i, : len(tokens)] = torch.tensor(tokens), torch.tensor(wanted)
-            mask[i, : len(tokens)] = 1
-        padded = {} if mask.all() else {"attention_mask": mask}
-        return {"input_ids": ids, "labels": labels, **padded}, int(mask.sum())
-
-    def step(turn):
-        inputs, real = batch(turn)
-        with torch.autocast(options.device, dtype, enabled=options.method == "full" and dtype != torch.float32):
-            # With a cache, their default, transformers' attention would cross the borders of packed documents.
-            loss = model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item(), real
-
-    return step
+CONTESTANTS = {  # their step, and what it needs beside requirements.txt
+    "ours": (our_step, ""),
+    "compiled": (our_step, ""),
+    "theirs": (others.their_step, "transformers peft bitsandbytes"),
+    "packed": (others.their_step, "transformers peft bitsandbytes"),
+    "trl": (others.trl_step, "trl peft bitsandbytes"),
+    "unsloth": (others.unsloth_step, "unsloth"),
+    "torchtune": (others.torchtune_step, "torchtune torchao==0.10.0"),
+}
 
 
 def contestant(options) -> None:
     """Say that it is ready, then answer every line on stdin with a turn: its steps as {"seconds", "loss", "tokens"}; at its end
     say the peak."""
-    step = (our_step if options.who in ("ours", "compiled") else their_step)(options)
+    make_step, needs = CONTESTANTS[options.who]
+    try:
+        step = make_step(options, rows_of(options))
+    except ImportError as error:
+        raise SystemExit(f"{options.who} does not run here ({error}): pip install {needs}") from None
     cuda, numbers = options.device == "cuda", count()
     if cuda:
         torch.cuda.empty_cache()
@@ -178,8 +145,12 @@ def compare(options, began: float) -> None:
     length, limit = sum(n * n for n in sizes) / sum(sizes), matmul_rate(options)  # of the document a token is in
     print("\n| method | | real tokens/s | utilisation | peak GB | first loss | ours is faster by | takes of their memory |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
+    pythons = dict(options.python)
     for method in options.methods:
-        people = [Contestant(who, ["--folder", options.folder, "--method", method, "--who", who]) for who in options.contestants]
+        people = [
+            Contestant(who, ["--folder", options.folder, "--method", method, "--who", who], pythons.get(who, sys.executable))
+            for who in options.contestants
+        ]
         for one in people:
             one.hear()
         turns = {one.name: [] for one in people}
@@ -208,14 +179,20 @@ def compare(options, began: float) -> None:
     print(f"\nUtilisation is of {limit / 1e12:.2f} TFLOP/s, one large product.")
 
 
+def interpreter(text: str) -> tuple[str, str]:
+    who, _, path = text.partition("=")
+    if who not in CONTESTANTS or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: expected a contestant, = and its Python, as in trl=venv/bin/python")
+    return who, path
+
+
 def main():
     parser = argparse.ArgumentParser(description="A training step here and with transformers + PEFT, in turns.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--preset", choices=PRESETS, default="125m")
     parser.add_argument("--methods", nargs="+", choices=("lora", "qlora", "full"), default=["lora", "qlora"])
-    names = ("ours", "compiled", "theirs", "packed")
     parser.add_argument(
-        "--contestants", nargs="+", choices=names, default=["ours", "theirs"], help="the first against the others"
+        "--contestants", nargs="+", choices=CONTESTANTS, default=["ours", "theirs"], help="the first against the others"
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--sequences", type=int, default=2, help="documents of a padded batch")
@@ -226,6 +203,7 @@ def main():
     parser.add_argument("--steps", type=int, help="of a turn; of several, the first does not count [1, cuda: 4]")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further round after so many")
     parser.add_argument("--ours", default="", help="flags of train.py for ours, as in --ours='--gradient_checkpointing True'")
+    parser.add_argument("--python", nargs="+", type=interpreter, default=[], metavar="WHO=PATH", help="of its own environment")
     parser.add_argument("--folder", help="weights of --preset that are there already, instead of random ones made first")
     for internal in ("--method", "--who"):
         parser.add_argument(internal, help=argparse.SUPPRESS)

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import PRESETS, random_model, save_hf
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import Tokenizer  # noqa: E402
+from model import PRESETS, random_model, save_hf  # noqa: E402
 
 
 class Contestant:
-    """A process of sys.argv's script with more arguments. One that ends before it was asked to is `failed`: its last words."""
+    """A process of sys.argv's script with more arguments, perhaps by the Python of another environment. One that ends before it
+    was asked to is `failed`: its last words."""
 
-    def __init__(self, name: str, arguments: list[str]):
+    def __init__(self, name: str, arguments: list[str], python: str = sys.executable):
         self.name, self.failed, self.errors = name, "", tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, *sys.argv, *arguments]
+        command = [python, *sys.argv, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8"
         )
@@ -62,11 +65,13 @@ def answer(line) -> None:
 
 @contextlib.contextmanager
 def weights(preset: str, device: str, folder: str | None = None):
-    """The folder of a model of the preset's shape: the one given, or for so long one with random weights in bf16."""
+    """The folder of a model of the preset's shape: the one given, or for so long one with random weights in bf16, and some
+    tokenizer, which SFTTrainer asks for."""
     with tempfile.TemporaryDirectory() if not folder else contextlib.nullcontext(folder) as place:
         if not folder:
             torch.manual_seed(0)
             save_hf(random_model(PRESETS[preset], device=device, dtype=torch.bfloat16), place)
+            Tokenizer(ROOT / "tiny" / "tokenizer.model").save(place, PRESETS[preset].max_seq_len)
             if device == "cuda":
                 torch.cuda.empty_cache()
         yield place
