@@ -11,15 +11,15 @@ order while it adds gradients. So memory is highest somewhere around the turn, a
 Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
 which have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are
-alive. The layers of a Llama are alike, so 4 and 8 of them are run and the rest follows by a straight line, exact to the byte.
+alive. The layers of a Llama are alike, so of a deep one 5 are run, and what happened to the third is repeated in the diary.
 
     python memory.py --model 7b --gpu 3090                                          what that GPU can do with a 7B
     python memory.py --model 7b --method qlora --model_max_length 2048 --gpu t4     one run: terms, layers, timeline, verdict
 
 This file watches, reads the diary and predicts. In sizing/ is what stands beside that: the same sum as arithmetic, to be checked
 by hand (formula.py); what a GPU adds that fake tensors cannot show: the allocator's rules, kernels' scratch, context (gpu.py);
-processes that are not there (shards.py); what to change when it does not fit (advice.py); what the program prints (pages.py);
-and train.py's own build and step, handed over to be watched (rehearsal.py).
+layers and processes that are not there (depth.py, shards.py); what to change when it does not fit (advice.py); what the program
+prints (pages.py); and train.py's own build and step, handed over to be watched (rehearsal.py).
 
 GB are 10^9 bytes, GiB 2^30. With torch.compile, which fuses operations, the prediction is an upper bound.
 """
@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a public door of this file
+from sizing.depth import FEW, deepen, layer_of
 from sizing.formula import KEPT, SENT
 from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm
 from sizing.shards import MOVED, OFFLOADED, processes, told
@@ -52,9 +53,13 @@ class Block:
     bytes: int
     born: str
     kind: str | None = None
+    layer: int | None = None  # of the weight it belongs to, or in whose phase it was born
     died: str | None = None
     away: bool = False  # in the host's memory (CPU offload), not the GPU's
     stream: object = None  # the CUDA stream it was asked for on: FSDP gathers and reduces on streams of their own
+
+
+STEPPED = ("weights", "adapters", "gradients")  # what an optimizer's operation tells its weight by
 
 
 class Tracker(TorchDispatchMode):
@@ -69,18 +74,18 @@ class Tracker(TorchDispatchMode):
     def __init__(self, scratch: dict | None = None, supervised: int | None = None, away: tuple[str, ...] = ()):
         super().__init__()
         self.live = self.peak = 0
-        self.part = self.phase = ""
+        self.part, self.phase, self.layer = "", "", None  # layer: the one at work
         self.diary: list[tuple] = []
         self.scratch, self.supervised, self.away = scratch or {}, supervised, away
         self._living: dict[int, list] = {}  # a storage's address -> [weak reference to it, its block]
 
     def begin(self, phase: str) -> None:
-        self.phase = phase
+        self.phase, self.layer = phase, layer_of(phase)
         self.diary.append((0, (self.part, phase)))
 
-    def watch(self, tensor: torch.Tensor, kind: str | None = None, away: bool = False) -> None:
-        """Count the tensor's storage from now on, if it is not counted yet; `kind` says what it is. Of a tensor that several
-        processes hold together: the part of this one."""
+    def watch(self, tensor: torch.Tensor, kind: str | None = None, layer: int | None = None, away: bool = False) -> None:
+        """Count the tensor's storage from now on, if it is not counted yet; `kind` and `layer` say what it is. Of a tensor that
+        several processes hold together: the part of this one."""
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         key = storage._cdata
         if key not in self._living:
@@ -90,7 +95,7 @@ class Tracker(TorchDispatchMode):
         if kind in self.away and not block.away:  # it leaves
             self.died(block)
             block = self._living[key][1] = self.born(block.bytes, away=True)
-        block.kind = kind or block.kind
+        block.kind, block.layer = kind or block.kind, block.layer if layer is None else layer
 
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
         if entry := self._living.get(storage._cdata):
@@ -111,7 +116,7 @@ class Tracker(TorchDispatchMode):
         return super().__exit__(*error)
 
     def born(self, size: int, kind: str | None = None, away: bool = False) -> Block:
-        block = Block(size, self.phase, kind, away=away, stream=torch.cpu.current_stream())
+        block = Block(size, self.phase, kind, self.layer, away=away, stream=torch.cpu.current_stream())
         self.live += 0 if away else size
         self.peak = max(self.peak, self.live)
         self.diary.append((1, block))
@@ -131,7 +136,11 @@ class Tracker(TorchDispatchMode):
         if result is None:
             result = op(*args, **(kwargs or {}))
         if not op.is_view:  # a view brings no storage of its own
-            away = bool(self.away) and (self.phase == "optimizer" or self._away(args))  # it works where its weights are
+            working = self.phase == "optimizer"
+            blocks = self._blocks(args) if self.away or working else []
+            if working:  # on one weight after the other
+                self.layer = next((block.layer for block in blocks if block.kind in STEPPED), self.layer)
+            away = bool(self.away) and (working or (bool(blocks) and all(x.away for x in blocks)))  # where its weights are
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor) and (getattr(tensor, "fake_device", None) or tensor.device).type != "meta":
                     self.watch(tensor, away=away)
@@ -143,11 +152,10 @@ class Tracker(TorchDispatchMode):
             self.died(self.born(self.scratch[op.name()](*args), "kernel scratch"))
         return result
 
-    def _away(self, args) -> bool:
-        """Whether all tensors among the arguments, and at least one, are in the host's memory. (Constants are not counted.)"""
+    def _blocks(self, args) -> list[Block]:
+        """The arguments' storages. (Constants are not counted.)"""
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-        blocks = [entry[1] for x in tensors if (entry := self._living.get(x.untyped_storage()._cdata))]
-        return bool(blocks) and all(block.away for block in blocks)
+        return [entry[1] for x in tensors if (entry := self._living.get(x.untyped_storage()._cdata))]
 
     def _without_numbers(self, op, args):
         """What fake tensors are asked and cannot know. A number: finite, not zero where it counts tokens (fp64: those of all
@@ -184,13 +192,14 @@ def follow(recorder, model, optimizer, in_backward: bool = False) -> None:
             recorder.begin("optimizer")
 
     def stepped(*_):
-        for value in tree_leaves([dict(state) for state in optimizer.state.values()]):
-            if isinstance(value, torch.Tensor):
-                recorder.watch(value, "optimizer state")
+        for weight, state in optimizer.state.items():
+            for value in filter(torch.is_tensor, state.values()):
+                recorder.watch(value, "optimizer state", layers[weight])
 
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    layers = {weight: layer_of(name) for name, weight in model.named_parameters()}
+    trained = [weight for weight in layers if weight.requires_grad]
     first = {"prepend": True}  # before FSDP gathers the weights, so that this belongs to the phase
-    model.register_forward_pre_hook(lambda *_: mark("forward embedding"), **first)
+    model.register_forward_pre_hook(lambda *_: recorder.begin("forward embedding"), **first)
     for i, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: mark(f"forward {i}"), **first)
         layer.register_forward_hook(lambda _, args, output, i=i: mark(f"backward {i}", output), **first)
@@ -220,7 +229,7 @@ class Phase:
 
     @property
     def layer(self) -> int | None:
-        return int(self.name.split()[-1]) if self.name[-1].isdigit() else None
+        return layer_of(self.name)
 
     @property
     def moments(self) -> tuple[Counter, Counter, Counter]:
@@ -298,42 +307,6 @@ def kind_of(block: Block) -> str:
     return "activations" if block.born.startswith("forward") and block.died != block.born else "temporary"
 
 
-FEW = (4, 8)  # layers that are run of a deeper model; fewer would be as exact, but what an allocator adds would be less like it
-
-
-def stretch(few: Timeline, more: Timeline, n: int) -> Timeline:
-    """The timeline of n alike layers from those of two shallower models. What a phase adds is a straight line in the depth, and
-    the layers between the first and the last add the same. What the allocator reserves beyond the peak is taken
-    to be what it was."""
-    (a, b), made = FEW, []
-    low = {(phase.part, phase.name): phase for phase in few.phases}
-
-    def deeper(x: int, y: int) -> int:
-        return y + (n - b) * (y - x) // (b - a)
-
-    for phase in more.phases:
-        word, layer, twin, names = phase.name.split()[0], phase.layer, phase.name, [phase.name]
-        if layer == b - 1:
-            twin, names = f"{word} {a - 1}", [f"{word} {n - 1}"]
-        elif layer == (1 if word == "forward" else b - 2):  # the first met of those between, which stands for them all
-            between = range(1, n - 1) if word == "forward" else range(n - 2, 0, -1)
-            twin, names = f"{word} 1", [f"{word} {i}" for i in between]
-        elif layer:
-            continue
-        x, y = low[phase.part, twin], phase
-        for name in names:
-            start = made[-1].end if made else Counter()
-            moments = (
-                Counter({kind: start[kind] + deeper(p[kind] - x.start[kind], q[kind] - y.start[kind]) for kind in p | q | start})
-                for p, q in ((x.peak, y.peak), (x.end, y.end), (x.busiest, y.busiest))
-            )
-            made.append(Phase(phase.part, name, start, *moments, phase.sent))
-    line = Timeline(made, deeper(few.host, more.host), max(0, deeper(few.tails, more.tails)))
-    if more.reserved is not None:
-        line.reserved = line.peak + more.reserved - more.peak
-    return line
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction and measurement
 
@@ -359,7 +332,7 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
 
     def prepare(model):
         for name, weight in model.named_parameters():
-            tracker.watch(weight, "adapters" if "lora_" in name else "weights")
+            tracker.watch(weight, "adapters" if "lora_" in name else "weights", layer_of(name))
         for tensor in run.row.values():
             tracker.watch(tensor, "batch")
         if run.processes > 1 and not run.config.fsdp:
@@ -384,11 +357,10 @@ def predict(run, gpu: GPU | None = None) -> Timeline:
     optimizer), `step()`, `evaluate()`, `save()`."""
     n = run.sizes.n_layers
 
-    def of(layers):
-        return timeline(watch(replace(run, sizes=replace(run.sizes, n_layers=layers)), True, gpu).diary, gpu)
-
+    few = replace(run, sizes=replace(run.sizes, n_layers=min(n, FEW)))
     with processes(run.processes) if run.processes > 1 else nullcontext():
-        return of(n) if n <= FEW[1] else stretch(*map(of, FEW), n)
+        diary = watch(few, True, gpu).diary
+    return timeline(deepen(diary, n) if n > FEW else diary, gpu)
 
 
 class Gauge:
@@ -408,7 +380,7 @@ class Gauge:
         self.phase = phase
         self.phases.append(Phase(self.part, phase, *[now] * 5))
 
-    def watch(self, tensor, kind=None) -> None:
+    def watch(self, *_) -> None:
         pass  # the allocator knows sizes, not kinds
 
 

@@ -91,12 +91,12 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
     term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
-    twice = buckets and flags.gradient_accumulation_steps > 1  # what earlier rows left is not in the buckets yet
+    added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
     largest = max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in (inside | outer(sizes))[name])
     if flags.fsdp:
         largest = -(-largest // known["P"])
     one = "2 * V * C / P * g" if flags.fsdp and full else f"{largest} * g"  # of a time: FSDP reduces what is in no block together
-    every = f"(2 * N{' - V * C' * full}) * g" if twice else "N * g"  # the embedding's is the last
+    every = "2 * N * g" if buckets and added else "N * g"
     term("gradients", one if within else f"{mine} * {kept_in}" if flags.fsdp else every)
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("optimizer's work", work(largest))
@@ -130,28 +130,28 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
 
     # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
     # logarithms of probabilities, which become their gradient, and the head's.
-    held = "3 * T * C * s"
-    if not gpu:  # its norm's input in fp32 instead of 16 bits, and what a trained weight is multiplied with
-        held += f" + T * C * {(2 if s == 2 else 0) + 4 * full}"
+    held, several = "3 * T * C * s", known["T"] > known["n"]  # chunks; the first one's gradients are the sum's beginning
+    kept = "" if gpu else f" + T * C * {(2 if s == 2 else 0) + 4 * full}"
+    held += kept  # its norm's input in fp32 instead of 16 bits, and what a trained weight is multiplied with
     if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
-        held += f" + r * (V + C) * {6 if half else 8}"
-    moments = ["8 * n * V + n * C * s"]
+        held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}"
+    moments = [f"8 * n * V + {3 if 'output' in moved else 1} * n * C * s"]  # with an adapter: its part, the head's, their sum
     if half:
         moments = ["10 * n * V"]
     if masters:
-        moments = ["8 * n * V + 10 * V * C + n * C * 8"]
+        moments = [f"8 * n * V + {6 + 4 * several} * V * C + n * C * 8"]
     elif full:
-        moments += ["8 * n * V + 2 * V * C * g + n * C * b"]
+        moments += [f"8 * n * V + {1 + several} * V * C * g + n * C * b"]
     moments = [f"{text} + {held}" for text in moments]
     apart = f"T * C * {20 if s == 4 else 22}"  # a CPU's norm, backward: five tensors in fp32, and what comes if in 16 bits
     moments += [apart + " + V * C * g" * (full and not (within or buckets))] * (not gpu)
     if full and within and not flags.fsdp:  # the head is stepped
-        moments.append("V * C * g + optimizer_work + T * C * s")
+        moments.append(f"V * C * g + optimizer_work + T * C * s{kept}")
     term("logits and loss", *moments)
 
     # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
     # feed-forward layer's width, and a weight's gradient or a weight turned back.
-    stay = not buckets and (not within or flags.fsdp)  # gradients, to the block's end; else each goes at once
+    stay = flags.fsdp or not (buckets or within or added)  # gradients, to the block's end; else each goes at once
     if full:
         rises = ["2 * T * F * b + C * F * b"] if stay else ["2 * T * F * b", "T * F * b + C * F * b"]
         if masters and not stay:
@@ -159,7 +159,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         if within and not flags.fsdp:
             rises.append(f"C * F * b + {work(C * F)}")
     else:
-        rises = [f"{2 if 'w2' in moved else 3} * T * F * b" + " + r * (C + F) * 2" * half]  # an adapter: not yet fp32
+        rises = ["3 * T * F * b"]
+        if "w2" in moved:  # its adapter's gradients are not yet fp32
+            rises = ["2 * T * F * b" + " + r * (C + F) * 2" * half]
         if flags.quantize != "none":
             rises += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
     # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
@@ -178,6 +180,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if masters and stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second norm
         between = f"T * C * {here + 8 + 4 * (not gpu)}"  # has its input, and its result's gradient.
         left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention} + {between}")
+    elif full and not gpu:  # the second norm's backward, where the first still has its tensors and both their inputs
+        left.append(f"{'3 * C * F * g + ' * stay}{attention} + {apart} + T * C * (8 + 2 * b)")
     if full and stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
         left.append("W * 4 + C * C * 2 + T * C * 4" if masters else "W * g + T * C * 4 * b")
         left += [f"W * g + {apart}"] * (not gpu)
@@ -188,12 +192,13 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         term("a block's backward", *rises, *(f"{text} - ({kept})" for text in left))
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
-    stays = "weights + adapters + optimizer_state + cuBLAS_workspace + " + "gradients + " * buckets
+    always = "weights + adapters + optimizer_state + cuBLAS_workspace + "
+    stays = always + "gradients + " * buckets
     if flags.cpu_offload:
         term("in the host's memory", "weights + adapters + gradients + optimizer_state + optimizer_work")
         known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "optimizer_work", "M"), 0)
     first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
-    earlier = " + gradients" * (flags.gradient_accumulation_steps > 1 and not buckets)  # of the rows before
+    earlier = " + gradients" * (added and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s"
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
         extra = 4 if flags.cpu_offload else 4 - kept_in  # of a reduced gradient, beyond what `gradients` counts
@@ -211,7 +216,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         moments = [
             stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
             stays + activations + (earlier or " + V * C * g" * (full and not buckets and not within)) + backward,
-            stays + "gradients + " * (not buckets) + "optimizer_work",
+            always + ("N * g" if buckets else "gradients") + " + optimizer_work",
         ]
         if full and within:
             moments.append(stays + "gradients + T * C * s")
@@ -230,7 +235,8 @@ KEPT = ("weights", "adapters", "gradients", "optimizer state")  # from step to s
 
 
 def simulated(line, n_layers: int) -> dict[str, int]:
-    """The same terms in memory.py's Timeline, as they were counted in the second step. (A GPU's allocator counts no kinds.)"""
+    """The same terms in memory.py's Timeline, as they were counted in the second step, with accumulation in its last
+    row. (A GPU's allocator counts no kinds.)"""
     phases = {phase.name: phase for phase in line.phases if phase.part == "second step"}
     top, last = line.highest.peak, n_layers - 1
     terms = {kind: top[kind] for kind in ("cuBLAS workspace",) if top[kind]}

@@ -70,7 +70,8 @@ def answer(words: list[str]) -> None:
 
     def make(method, **more):
         packed = {"quantize": "nf4"} if method == "qlora" else {}
-        dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else on.dtype if on else "fp32"
+        usual = on.dtype if on else "bf16" if given.get("pure_bf16") else "fp32"
+        dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else usual
         return train.TrainConfig(**packed | given | {"dtype": dtype, "method": method} | more)
 
     if "method" not in given and not mine.solve and not mine.measure and on:

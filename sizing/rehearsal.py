@@ -19,6 +19,8 @@ from sizing.advice import explain_out_of_memory
 from sizing.formula import formula
 from sizing.gpu import GPU
 
+ROWS = 3  # that are accumulated for more: a first, one of those between, a last
+
 
 @dataclass
 class Rehearsal:
@@ -58,7 +60,7 @@ class Rehearsal:
         return self.model, self.optimizer
 
     def step(self):
-        rows = [self.row] * self.config.gradient_accumulation_steps
+        rows = [self.row] * min(ROWS, self.config.gradient_accumulation_steps)
         train.training_step(self.config, self.parallel, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
 
     def evaluate(self):

@@ -159,16 +159,29 @@ def test_the_prediction_is_the_count_of_the_real_run_to_the_byte(name):
 DEEP = ["lora-accumulation", "qlora-checkpointing", "full-masters", "full-pure-bf16", "full-pure-bf16-in-backward"]
 
 
-@pytest.fixture
-def fewer(monkeypatch):
-    """Two models of 4 and 5 layers to conclude from, instead of 4 and 8: quicker here, and a straight line is a straight line."""
-    monkeypatch.setattr(memory, "FEW", (4, 5))
-
-
 @pytest.mark.parametrize("name", DEEP)
-def test_a_deep_model_follows_from_two_shallow_ones_to_the_byte(name, fewer):
-    deep = timeline(watch(rehearsal(RUNS[name], SIZES), True).diary)
-    assert as_plain(predict(rehearsal(RUNS[name], SIZES))) == as_plain(deep)
+def test_a_deep_model_follows_from_five_of_its_layers_to_the_byte(name):
+    run = rehearsal(RUNS[name], replace(SIZES, n_layers=8))
+    assert as_plain(predict(run)) == as_plain(timeline(watch(run, True).diary))
+
+
+@pytest.mark.parametrize("flags", [QLORA | AGAIN, FULL, PURE])
+def test_what_the_allocator_reserves_for_a_deep_model_follows_as_well(flags):
+    """To the byte, as if it had handed out and taken back every block of every layer."""
+    run, gpu = rehearsal({"dtype": "bf16"} | flags, replace(PRESETS["125m"], n_layers=8), 512, for_gpu=True), GPUS["a100-80"]
+    deep, followed = timeline(watch(run, True, gpu).diary, gpu), predict(run, gpu)
+    assert (followed.peak, followed.tails, followed.reserved) == (deep.peak, deep.tails, deep.reserved)
+    assert followed.reserved > followed.peak
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("flags", [QLORA | AGAIN, FULL | {"dtype": "bf16"}])
+def test_many_rows_in_a_step_need_what_the_three_rehearsed_need(flags, count, monkeypatch):
+    run = rehearsal(flags | {"gradient_accumulation_steps": 5}, replace(SIZES, n_layers=2), processes=count)
+    three = as_plain(predict(run))
+    monkeypatch.setattr("sizing.rehearsal.ROWS", 5)
+    five = as_plain(predict(run))
+    assert len(three) < len(five) and all(phase in three for phase in five)
 
 
 def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():
@@ -247,9 +260,9 @@ def test_the_prediction_of_a_sharded_run_is_the_count_of_a_real_one_on_two_proce
                 assert least == pytest.approx(sum(phase[moment].values()), abs=512), (phase, real)
 
 
-@pytest.mark.parametrize("name", ["qlora", "full-16-bit"])
-def test_a_deep_sharded_model_follows_from_two_shallow_ones_to_the_byte(name, fewer):
-    run = rehearsal(SHARDED[name] | {"gradient_accumulation_steps": 1}, SIZES, processes=2)
+@pytest.mark.parametrize("name", ["qlora", "full-16-bit", "ddp-lora", "ddp-full"])
+def test_a_deep_model_on_several_gpus_follows_from_five_of_its_layers_to_the_byte(name):
+    run = rehearsal(SHARDED[name], replace(SIZES, n_layers=8), processes=2)
     with processes(2):
         deep = timeline(watch(run, True).diary)
     assert as_plain(predict(run)) == as_plain(deep)
@@ -281,6 +294,10 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", OUTER, 512, 1),
     ("1b", {"dtype": "fp32"}, 1024, 1),
     ("1b", {"gradient_accumulation_steps": 2}, 1024, 1),
+    ("1b", {"lora_targets": ("wq", "wv"), "lora_rank": 64}, 2048, 1),
+    ("125m", OUTER | {"dtype": "fp32"}, 512, 1),
+    ("125m", OUTER, 256, 1),  # one chunk of the loss
+    ("125m", FULL, 256, 1),
     ("7b", FULL, 512, 1),
     ("7b", FULL, 2048, 1),
     ("1b", FULL, 2048, 1),
@@ -307,6 +324,7 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", PURE | AGAIN | WITHIN | SHARDS, 2048, 8),
     ("1b", FULL | AGAIN, 2048, 4),
     ("7b", PURE, 512, 2),
+    ("1b", PURE | AGAIN | {"gradient_accumulation_steps": 2}, 1024, 2),
 ]
 
 
@@ -333,7 +351,11 @@ def test_every_term_of_the_formula_is_what_is_counted_at_full_depth_within_a_hun
     agree(formula(PRESETS["1b"], run.config, gpu, count), simulated(predict(run, gpu), depth))
 
 
-@pytest.mark.parametrize("flags", [{}, AGAIN, FULL, FULL | AGAIN, FULL | WITHIN, QLORA, {"dtype": "bf16"} | AGAIN])
+BF16 = {"dtype": "bf16"}
+ON_A_CPU = [{}, AGAIN, FULL, FULL | AGAIN, FULL | WITHIN, QLORA, BF16 | AGAIN, BF16 | PURE | AGAIN, BF16 | PURE | WITHIN]
+
+
+@pytest.mark.parametrize("flags", ON_A_CPU)
 def test_every_term_of_the_formula_is_what_is_counted_on_a_cpu_within_a_hundredth(flags):
     sizes = replace(PRESETS["125m"], n_layers=3)
     run = rehearsal({"dtype": "fp32"} | flags, sizes, 512)
