@@ -280,7 +280,8 @@ def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
     arguments, nested = _kernel_arguments(packed)
     _matvec_kernel[(triton.cdiv(n, 16),)](
         rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
-        BN=16, BYTES=128, num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
+        BN=16, BYTES=128, enable_fp_fusion=True,
+        num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
