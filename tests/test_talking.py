@@ -222,6 +222,7 @@ class Terminal:
     def __init__(self, *argv):
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in a shell's background
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "generate.py", *map(str, argv)])
 
@@ -255,7 +256,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_neither_does_a_mistake(
         terminal.type(b"", until=b"> ")
         terminal.type(b"Where?\r", until=b"Where?\r\n")  # the echo; then the answer
         begun = b""
-        while len(begun) < 40:  # longer than what readline writes at its end: it would swallow a Ctrl-C before that
+        while len(begun) < 40:  # longer than what readline writes at its end, which would swallow a Ctrl-C
             begun += os.read(terminal.screen, 4096)
         stopped = terminal.type(b"\x03", until=b" tokens/s")
         assert 0 < int(re.search(rb"\[stopped; (\d+) tokens", stopped)[1]) < 4000
