@@ -43,16 +43,16 @@ def ours(options, quantize: str, compiled: bool):
     from talking.cpu import order_for_cpu
 
     model = load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=QUANTIZERS[quantize]).eval()
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
+    read = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
     (compile_decoding if compiled else order_for_cpu)(model)
     sampling = Sampling(max_new_tokens=options.new_tokens)
 
-    def answer(batch, step):
+    def turn(batch, step):
         for index, _ in generate_batch(model, prompts(batch).tolist(), sampling):
             if index == 0:
                 step()
 
-    return answer, weights
+    return turn, read
 
 
 def theirs(options, quantize: str, compiled: bool):
@@ -66,7 +66,7 @@ def theirs(options, quantize: str, compiled: bool):
             bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
         how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.folder, **how).eval()
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    read = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     how |= {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
     if compiled:
@@ -74,32 +74,32 @@ def theirs(options, quantize: str, compiled: bool):
         how["compile_config"]._compile_all_devices = True
         how["cache_implementation"] = "static"
 
-    def answer(batch, step):
+    def turn(batch, step):
         ids = prompts(batch).to(options.device)
         calls = count(-1)  # the first call brings the prompt
         streamer = SimpleNamespace(put=lambda tokens: step() if next(calls) >= 0 else None, end=lambda: None)
         with torch.inference_mode():
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **how)
 
-    return answer, weights
+    return turn, read
 
 
 def product(options, *_):
     """The plain product: its steps are passes over the matrices."""
     config = PRESETS[options.preset]
     copies = max(1, 600_000_000 // (2 * config.dim * config.hidden_dim))
-    weights = [torch.randn(config.hidden_dim, config.dim, device=options.device).bfloat16() for _ in range(copies)]
+    matrices = [torch.randn(config.hidden_dim, config.dim, device=options.device).bfloat16() for _ in range(copies)]
     x = torch.randn(1, config.dim, device=options.device).bfloat16()
 
-    def answer(batch, step):
+    def turn(batch, step):
         for _ in range(3):
-            for weight in weights:
+            for weight in matrices:
                 F.linear(x, weight)
             if options.device == "cuda":
                 torch.cuda.synchronize()
             step()
 
-    return torch.inference_mode()(answer), sum(weight.nbytes for weight in weights)
+    return torch.inference_mode()(turn), sum(weight.nbytes for weight in matrices)
 
 
 def contestant(options) -> None:
@@ -147,10 +147,11 @@ def loading(options) -> None:
 def compare(options, began: float) -> None:
     names = ["product::"]
     for quantize in options.quantize:
-        for how in ("" if how == "eager" else how for how in options.how):
-            names += [f"ours:{quantize}:{how}"] if not how or quantize == "none" or options.device == "cuda" else []
-            if (quantize == "none" or options.device == "cuda" or options.bitsandbytes) and (not how or quantize == "none"):
-                names += [f"theirs:{quantize}:{how}"]
+        for how in options.how:
+            if quantize == "none" or how == "eager" or options.device == "cuda":
+                names.append(f"ours:{quantize}:{how}")
+            if quantize == "none" or (how == "eager" and (options.device == "cuda" or options.bitsandbytes)):
+                names.append(f"theirs:{quantize}:{how}")
     people = [Contestant(name, ["--folder", options.folder, "--who", name]) for name in names]
     read = {one.name: (one.hear() or {}).get("read") for one in people}  # bytes of weights
     batches = {one.name: options.batch[:1] if one.name == "product::" else options.batch for one in people}
@@ -187,7 +188,7 @@ def compare(options, began: float) -> None:
         theirs = min((seconds for who, seconds in step.items() if who.startswith("theirs:none")), default=math.nan)
         for one in people[1:]:
             kind, quantize, how = one.name.split(":")
-            name = f"{kind}, {'bf16' if quantize == 'none' else quantize}{', compiled' if how else ''}"
+            name = f"{kind}, {'bf16' if quantize == 'none' else quantize}{', compiled' if how == 'compiled' else ''}"
             if one.name not in step:
                 print(f"| {name} | {batch} | failed: {one.failed} |")
                 continue

@@ -28,11 +28,9 @@ def all_logits(head, x, labels):
     return F.cross_entropy(head(x).float(), labels, reduction="sum")
 
 
-def rotated(x, positions, theta):
+def rotated(cos, sin, x):
     """Rotary embedding as most write it: sines and cosines, each pair by hand."""
-    frequencies = theta ** -(torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1])
-    angles = positions[:, None, None].float() * frequencies
-    (a, b), cos, sin = x.float().unflatten(-1, (-1, 2)).unbind(-1), angles.cos(), angles.sin()
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -69,12 +67,11 @@ def ideas(preset: str, tokens: int, device: str):
         (random(*x), labels),
     )
 
-    positions = torch.arange(tokens, device=device)
-    table = rope_table(positions, sizes)
+    table = rope_table(torch.arange(tokens, device=device), sizes)
     yield (
         "RoPE as one complex product",
         f"{tokens} x {heads} x {sizes.head_dim}",
-        lambda x: rotated(x, positions, sizes.rope_theta),
+        partial(rotated, table.real.contiguous(), table.imag.contiguous()),
         lambda x: apply_rope(x, table),
         (random(tokens, heads, sizes.head_dim),),
     )
@@ -102,9 +99,8 @@ def ideas(preset: str, tokens: int, device: str):
     ways = (lambda row, make=make: make(packed, bf16) * row for make in (made_at_once, dequantize_nf4))
     yield "an NF4 weight made again piece by piece, two at a time", f"{hidden} x {dim}", *ways, (row,)
 
-    moved = random(hidden, dim, dtype=torch.float32)
-    moved.grad = torch.randn_like(moved)
-    steps = [torch.optim.AdamW([moved.detach().clone().requires_grad_()], fused=fused, foreach=False) for fused in (False, True)]
+    weight, grad = (random(hidden, dim, dtype=torch.float32, grad=False) for _ in range(2))
+    steps = [torch.optim.AdamW([weight.clone().requires_grad_()], fused=fused, foreach=False) for fused in (False, True)]
 
     def step(optimizer, grad):
         (weight,) = optimizer.param_groups[0]["params"]
@@ -112,11 +108,11 @@ def ideas(preset: str, tokens: int, device: str):
         optimizer.step()
         return weight.detach()
 
-    yield "AdamW in one pass", f"{hidden} x {dim}, fp32", *(partial(step, optimizer) for optimizer in steps), (moved.grad,)
+    yield "AdamW in one pass", f"{hidden} x {dim}, fp32", *(partial(step, optimizer) for optimizer in steps), (grad,)
 
 
 def once(way, inputs) -> list[torch.Tensor]:
-    """The result and the gradients of the inputs that have one, as fp32."""
+    """The result, and the gradients of the inputs that have one."""
     out = way(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
     grads = torch.autograd.grad(out, wanted, torch.ones_like(out)) if out.requires_grad else []

@@ -31,16 +31,11 @@ from sizing.rehearsal import Rehearsal
 from train import TrainConfig, Workers, build, sharding
 
 AGAIN = {"gradient_checkpointing": True}
+LEAN = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}
 METHODS = {
     "full": {"method": "full"},
-    "full, pure bf16, 8-bit AdamW": {"method": "full", "optim": "adamw_8bit", "pure_bf16": True},
-    "full, the same, stepped in backward": {
-        "method": "full",
-        "optim": "adamw_8bit",
-        "pure_bf16": True,
-        "optimizer_in_backward": True,
-        "max_grad_norm": 0.0,
-    },
+    "full, pure bf16, 8-bit AdamW": LEAN,
+    "full, the same, stepped in backward": LEAN | {"optimizer_in_backward": True, "max_grad_norm": 0.0},
     "lora": {},
     "lora, int8": {"quantize": "int8"},
     "qlora": {"method": "qlora", "quantize": "nf4"},

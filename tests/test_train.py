@@ -725,12 +725,12 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
     assert again.logging_steps == 3 and again.model_max_length == 64
 
 
-@pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON"])
+@pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON", "[1]"])
 def test_a_run_keeps_the_bases_tokenizer_settings_but_is_asked_by_the_template_it_was_trained_with(base, own):
     (base / "base" / "tokenizer_config.json").write_text(own)
     run(base, method="full", template="guanaco")
     written = (base / "run" / "tokenizer_config.json").read_text()
-    if own == "not JSON":
+    if "{" not in own:
         assert written == own
     else:
         assert json.loads(written) == {"chat_template": chat_template(TEMPLATES["guanaco"]), "padding_side": "left"}

@@ -42,6 +42,6 @@ def chat_template(template: Template) -> str:
 def write_chat_template(folder, template: Template) -> None:
     """Put it into the folder's tokenizer_config.json, instead of the base's: asked otherwise than trained, a model babbles."""
     path = Path(folder) / "tokenizer_config.json"
-    with suppress(ValueError):  # a base's own that is not JSON stays what it is
+    with suppress(ValueError, TypeError):  # a base's own that is no JSON object stays what it is
         about = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template(template)}
         path.write_text(json.dumps(about, indent=2), encoding="utf-8")
