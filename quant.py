@@ -7,20 +7,20 @@ value, and per weight one of 16 levels, spaced as the quantiles of a normal dist
 
 4 bits a weight and 32 / 64 for absmax make 4.5. Double quantisation stores the absmax themselves in 8 bits (their mean is taken
 off first, then 256 of them make a block) and leaves 4 + 8/64 + 32/(64 x 256) = 4.127 bits:
-the linears of 7B's blocks take 3.3 GB instead of 13.0.
-The mean squared error on normal data is 0.0085 of the variance.
+the linears of 7B's blocks take 3.3 GB instead of 13.0. The mean squared error on normal data is 0.0085 of the variance.
 
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
 in backward. These two more passes over the weights are why a QLoRA step needs less memory than a LoRA step, but more time.
 
 The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
 scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a
-GPU two Triton kernels do the same faster: a weight made again in one pass, and the product of a packed weight with a few rows.
-"""
+GPU three Triton kernels (fusing/) do the same faster: a weight made again in one pass, the product of a packed weight with a few
+rows, and the optimizer's step."""
 
 import math
 import os
 from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,9 @@ triton = None  # the plain lines serve
 if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     with suppress(ImportError):
         import triton
-        import triton.language as tl
+
+        from fusing.adamw import adamw_kernel
+        from fusing.nf4 import dequantize_kernel, matvec_kernel
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale of their own
@@ -79,6 +81,26 @@ UNSIGNED_CODE = dynamic_levels(signed=False)
 _PAIRS = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], dim=1).view(torch.int64).flatten()
 
 
+def middles(code: torch.Tensor) -> torch.Tensor:
+    """What lies halfway between neighbouring levels: one fewer than levels."""
+    return (code[:-1] + code[1:]) / 2
+
+
+# Between which two middles a float lies, its upper 16 of 32 bits say, but for one middle at most. So for each of those: how many
+# middles are below the smallest float that begins with them (a negative one is smallest with all its other bits set).
+_UPPER = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
+_SMALLEST = torch.where(_UPPER < 0, _UPPER | 0xFFFF, _UPPER).view(torch.float32)
+_BELOW = {code: torch.bucketize(_SMALLEST, middles(code)).to(torch.uint8) for code in (NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE)}
+
+
+def nearest_level(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The number of the level nearest to each x (n,), fp32: (n,) uint8; ties go to the lower. A look-up instead of a search."""
+    if x.is_cuda or code not in _BELOW:  # a GPU searches as fast
+        return torch.bucketize(x, middles(code).to(x.device)).to(torch.uint8)
+    below = _BELOW[code].index_select(0, (x.view(torch.int32) >> 16) + 2**15)
+    return below + (x > F.pad(middles(code), (0, 1), value=math.inf).index_select(0, below.int()))
+
+
 def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest level for each value of x (any shape, read flat, fp32): uint8 indices (n,) and absmax fp32 (blocks,).
 
@@ -90,15 +112,13 @@ def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple
     scaled = rows * (1 / divisor)
     if ragged:  # as bitsandbytes does, to the last bit: it divides a block that is not full, and multiplies the others
         scaled[-1] = rows[-1] / divisor[-1]
-    middles = ((code[:-1] + code[1:]) / 2).to(x.device)
-    indices = torch.bucketize(scaled.clamp(-1, 1), middles, out_int32=True).to(torch.uint8)
-    return indices.flatten()[: flat.numel()], absmax
+    return nearest_level(scaled.clamp_(-1, 1).flatten(), code)[: flat.numel()], absmax
 
 
 def dequantize_blockwise(indices: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block: int) -> torch.Tensor:
     """The inverse: fp32 (n,)."""
     scale = absmax.repeat_interleave(block)[: indices.numel()]
-    return code.to(indices.device)[indices.int()] * scale
+    return code.to(indices.device).index_select(0, indices.int()).mul_(scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,60 +225,15 @@ dequantize_op.register_fake(lambda data, absmax, nested, offset, shape, dtype: d
 nf4_linear_op.register_fake(lambda x, data, absmax, nested, offset, shape: x.new_empty(*x.shape[:-1], shape[0]))
 
 
-if triton:
-
-    @triton.jit
-    def _scale_of(block, inside, absmax, nested, offset, dynamic, NESTED: tl.constexpr):
-        """The absmax of blocks by their number, fp32. NESTED: how many share a nested scale; 0 without double quantisation."""
-        if NESTED:
-            code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-            group = tl.load(nested + block // NESTED, mask=inside, other=0.0)
-            scale = tl.load(dynamic + code) * group + tl.load(offset)
-        else:
-            scale = tl.load(absmax + block, mask=inside, other=0.0)
-        return scale  # the one return: a compiled kernel may not return bytes here and fp32 there
-
-    @triton.jit
-    def _dequantize_kernel(data, absmax, nested, offset, levels, dynamic, out, blocks, NESTED: tl.constexpr, B: tl.constexpr):
-        """B blocks of 64 a program: bytes (B, 32) -> weights (B, 64). The scales are made on the way and never stored."""
-        block = tl.program_id(0) * B + tl.arange(0, B)
-        inside = block < blocks
-        scale = _scale_of(block, inside, absmax, nested, offset, dynamic, NESTED)[:, None]
-        at = block[:, None].to(tl.int64) * 32 + tl.arange(0, 32)[None, :]
-        byte = tl.load(data + at, mask=inside[:, None], other=0).to(tl.int32)
-        high, low = tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale
-        at = block[:, None].to(tl.int64) * 64 + tl.arange(0, 64)[None, :]
-        tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=inside[:, None])
-
-    @triton.jit
-    def _matvec_kernel(
-        x, data, absmax, nested, offset, levels, dynamic, out,
-        rows, N, K, NESTED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr,
-    ):  # fmt: skip
-        """out (rows, N) = x (rows, K) @ W^T, BN of W's N rows a program, 2 x BYTES of its K columns at a time.
-
-        A byte holds an even and an odd column, so x is read as its even and its odd columns and nothing is put side by side.
-        The up to 16 rows of x are the narrow side of the tensor cores' smallest product."""
-        n, m = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, 16)
-        total = tl.zeros((BN, 16), dtype=tl.float32)
-        for start in range(0, K // 2, BYTES):
-            at = start + tl.arange(0, BYTES)
-            byte = tl.load(data + n[:, None].to(tl.int64) * (K // 2) + at[None, :], mask=n[:, None] < N, other=0).to(tl.int32)
-            block = n[:, None] * (K // 64) + start // 32 + tl.arange(0, BYTES // 32)[None, :]
-            scale = _scale_of(block, n[:, None] < N, absmax, nested, offset, dynamic, NESTED)
-            scale = tl.broadcast_to(scale[:, :, None], (BN, BYTES // 32, 32)).reshape(BN, BYTES)
-            high = (tl.load(levels + (byte >> 4)) * scale).to(x.dtype.element_ty)
-            low = (tl.load(levels + (byte & 15)) * scale).to(x.dtype.element_ty)
-            at = m[None, :] * K + 2 * at[:, None]
-            total += tl.dot(high, tl.load(x + at, mask=m[None, :] < rows, other=0.0), input_precision=PRECISION)
-            total += tl.dot(low, tl.load(x + at + 1, mask=m[None, :] < rows, other=0.0), input_precision=PRECISION)
-        inside = (m[None, :] < rows) & (n[:, None] < N)
-        tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=inside)
+@cache
+def _book(device: torch.device, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels and middles of a code book, brought to a GPU once: a CUDA graph cannot record a copy from the host's memory."""
+    return code.to(device), middles(code).to(device)
 
 
 def _kernel_arguments(packed: PackedNF4) -> tuple:
     """(absmax, nested, offset, levels, dynamic levels), NESTED: what both kernels take alike."""
-    tables = [table.to(packed.data.device) for table in (NF4_CODE, DYNAMIC_CODE)]
+    tables = [_book(packed.data.device, code)[0] for code in (NF4_CODE, DYNAMIC_CODE)]
     if packed.nested is None:  # the kernel looks at neither
         return (packed.absmax, packed.absmax, packed.absmax, *tables), 0
     return (packed.absmax, packed.nested, packed.offset, *tables), packed.nested_block
@@ -269,7 +244,7 @@ def dequantize_triton(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
     blocks, (arguments, nested) = packed.absmax.numel(), _kernel_arguments(packed)
     # Without fusion into multiply-add, which rounds once where the plain lines round twice.
-    _dequantize_kernel[(triton.cdiv(blocks, 32),)](packed.data, *arguments, out, blocks, nested, B=32, enable_fp_fusion=False)
+    dequantize_kernel[(triton.cdiv(blocks, 32),)](packed.data, *arguments, out, blocks, nested, B=32, enable_fp_fusion=False)
     return out
 
 
@@ -278,7 +253,7 @@ def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
     (n, k), rows = packed.shape, x.flatten(0, -2)
     out = x.new_empty(len(rows), n)
     arguments, nested = _kernel_arguments(packed)
-    _matvec_kernel[(triton.cdiv(n, 16),)](
+    matvec_kernel[(triton.cdiv(n, 16),)](
         rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
         BN=16, BYTES=128, enable_fp_fusion=True,
         num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
@@ -378,8 +353,6 @@ QUANTIZERS = {"none": None, "int8": Int8Linear, "nf4": NF4Linear}
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
 
-PIECE = 2**24  # weights updated at a time
-
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with both moments in 8 bits: 2 bytes a weight instead of 8 ("8-bit Optimizers via Block-wise
@@ -387,7 +360,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     For each weight the moments are made fp32, used for an ordinary AdamW step, and packed again in blocks of 256. Tensors of
     fewer than 4,096 numbers keep fp32 moments: they cost nothing, and norms are sensitive. bf16 weights are rounded
-    stochastically: an update below half of their last bit is not lost but applied with the probability it deserves.
+    stochastically: an update below half of their last bit is not lost but applied with the probability it deserves, by numbers
+    drawn from the step and the weight's place alone: the same wherever copies of a weight must stay equal (DDP).
     Of a weight in shards (FSDP) each process steps its own, in blocks of its own: other blocks than the whole weight's."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
@@ -396,54 +370,81 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for weight in group["params"]:
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for place, weight in enumerate(group["params"]):
                 if weight.grad is None:
                     continue
                 shard, grad = (x.to_local() if hasattr(x, "to_local") else x for x in (weight, weight.grad))
                 state = self.state[weight] = self.state[weight] or self._beginning(shard)
                 state["step"] += 1
-                flat, grad = shard.view(-1), grad.reshape(-1)
-                for start in range(0, len(flat), PIECE):  # so that what is fp32 for a moment is 64 MB, however large the weight
-                    self._step_piece(group, state, flat[start : start + PIECE], grad[start : start + PIECE].float(), start)
-
-    @staticmethod
-    def _step_piece(group: dict, state: dict, weight: torch.Tensor, grad: torch.Tensor, start: int) -> None:
-        (beta1, beta2), step, packed = group["betas"], int(state["step"]), "exp_avg_absmax" in state
-        here, blocks = (slice(start // size, (start + PIECE) // size) for size in (1, NESTED_BLOCK))
-
-        def unpacked(name, code):
-            piece = state[name][here]
-            return dequantize_blockwise(piece, state[f"{name}_absmax"][blocks], code, NESTED_BLOCK) if packed else piece
-
-        def pack(name, code, moment):
-            indices, state[f"{name}_absmax"][blocks] = quantize_blockwise(moment, code, NESTED_BLOCK)
-            if code is UNSIGNED_CODE:  # a mean square that is not 0 must not become 0: the next step divides by its root
-                indices = torch.where(moment > 0, indices.clamp(min=1), indices)
-            state[name][here] = indices
-
-        mean = unpacked("exp_avg", DYNAMIC_CODE).lerp_(grad, 1 - beta1)
-        square = unpacked("exp_avg_sq", UNSIGNED_CODE).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        exact = weight.float() * (1 - group["lr"] * group["weight_decay"])
-        root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        exact.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
-        weight.copy_(stochastic_round(exact) if weight.dtype == torch.bfloat16 else exact)
-        if packed:  # fp32 moments have been changed where they are
-            pack("exp_avg", DYNAMIC_CODE, mean)
-            pack("exp_avg_sq", UNSIGNED_CODE, square)
+                step, keep = int(state["step"]), 1 - rate * group["weight_decay"]
+                numbers = [keep, beta1, beta2, rate / (1 - beta1**step), 1 - beta2**step, group["eps"]]
+                seed = step * len(group["params"]) + place
+                adamw_op(shard.view(-1), grad.reshape(-1), *(state.get(name) for name in MOMENTS), numbers, seed)
 
     @staticmethod
     def _beginning(weight: torch.Tensor) -> dict:
         state, n = {"step": torch.tensor(0)}, weight.numel()
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS[:2]:
             state[name] = torch.zeros(n, dtype=torch.uint8 if n >= 4096 else torch.float32, device=weight.device)
             if n >= 4096:
                 state[f"{name}_absmax"] = torch.zeros(-(-n // NESTED_BLOCK), device=weight.device)
         return state
 
 
-def stochastic_round(x: torch.Tensor) -> torch.Tensor:
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+
+
+@torch.library.custom_op("nanotune::adamw_8bit", mutates_args={"weight", "mean", "square", "mean_absmax", "square_absmax"})
+def adamw_op(
+    weight: torch.Tensor, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor,
+    mean_absmax: torch.Tensor | None, square_absmax: torch.Tensor | None, numbers: list[float], seed: int,
+) -> None:  # fmt: skip
+    """One step of a flat weight and its moments, all changed in place."""
+    if triton and weight.is_cuda and mean_absmax is not None:
+        return adamw_triton(weight, grad, mean, square, mean_absmax, square_absmax, numbers, seed)
+    random = torch.Generator(weight.device).manual_seed(seed)
+    size = 2**24 if weight.is_cuda else 2**16  # a piece at a time: what is fp32 for a moment stays small, on a CPU in its cache
+    moments = (mean, square) if mean_absmax is None else (mean, square, mean_absmax, square_absmax)
+    cut = [x.split(size if len(x) == len(weight) else size // NESTED_BLOCK) for x in (weight, grad, *moments)]
+    for piece in zip(*cut, strict=True):
+        adamw_plain(*piece, numbers=numbers, random=random)
+
+
+adamw_op.register_fake(lambda *of: None)
+
+
+def adamw_plain(weight, grad, mean, square, *absmax, numbers: list[float], random: torch.Generator) -> None:
+    """What adamw_op does to a piece of a weight, in plain PyTorch."""
+    (keep, beta1, beta2, rate, correction, eps), grad = numbers, grad.float()
+    m, v = mean, square
+    if absmax:
+        m = dequantize_blockwise(mean, absmax[0], DYNAMIC_CODE, NESTED_BLOCK)
+        v = dequantize_blockwise(square, absmax[1], UNSIGNED_CODE, NESTED_BLOCK)
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exact = (weight.float() * keep).addcdiv_(m, (v / correction).sqrt_().add_(eps), value=-rate)
+    weight.copy_(stochastic_round(exact, random) if weight.dtype == torch.bfloat16 else exact)
+    if absmax:
+        codes, scales = quantize_blockwise(m, DYNAMIC_CODE, NESTED_BLOCK)
+        mean.copy_(codes), absmax[0].copy_(scales)
+        codes, scales = quantize_blockwise(v, UNSIGNED_CODE, NESTED_BLOCK)
+        # A mean square that is not 0 must not become 0: the next step divides by its root.
+        square.copy_(torch.where(v > 0, codes.clamp(min=1), codes)), absmax[1].copy_(scales)
+
+
+def stochastic_round(x: torch.Tensor, random: torch.Generator | None = None) -> torch.Tensor:
     """fp32 -> bf16, up or down with the odds of the distance, so that the expectation is x.
 
     bf16 is the upper half of fp32's bits: add a random number below one unit of that half, cut the lower half off."""
-    noise = torch.randint_like(x, 2**16, dtype=torch.int32)
+    noise = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=random)
     return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def adamw_triton(weight, grad, mean, square, mean_absmax, square_absmax, numbers: list[float], seed: int) -> None:
+    """adamw_plain for a whole weight in one kernel; its random numbers are others."""
+    books = *_book(weight.device, DYNAMIC_CODE), *_book(weight.device, UNSIGNED_CODE)
+    adamw_kernel[(triton.cdiv(len(mean_absmax), 4),)](
+        weight, grad, mean, square, mean_absmax, square_absmax, *books,
+        len(weight), *numbers, seed, ROUND=weight.dtype == torch.bfloat16, B=4,
+    )  # fmt: skip

@@ -35,7 +35,7 @@ CUDA = (
     (90, "decode.py", "--preset 7b --quantize none nf4 --how compiled --rounds 2"),
 )
 CPU = (
-    (120, "nf4.py", ""),
+    (180, "nf4.py", ""),
     (60, "ideas.py", ""),
     (240, "step.py", "--methods lora full --rounds 3"),
     (120, "decode.py", "--preset 125m"),

@@ -3,8 +3,9 @@
     python benchmarks/nf4.py [--device cuda]
 
 Prints the error of each format; for three shapes of Llama's linears the time and bandwidth of dequantize_nf4 to bf16 and fp32,
-and of the product of 1 and 16 rows with a packed weight, beside a plain copy of as many bytes and, where it is installed,
-bitsandbytes: in turns, in one process, the fastest of several rounds, every call on other bytes than the cache holds."""
+and of the product of 1 and 16 rows with a packed weight; for one, of packing it and of a step of the 8-bit AdamW. All beside a
+plain copy of as many bytes and, where it is installed, bitsandbytes: in turns, in one process, the fastest of several rounds,
+every call on other bytes than the cache holds."""
 
 import argparse
 import sys
@@ -16,12 +17,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import load_model  # noqa: E402
-from quant import Int8Linear, dequantize_nf4, nf4_linear_op, quantize_nf4  # noqa: E402
+from quant import AdamW8bit, Int8Linear, dequantize_nf4, nf4_linear_op, quantize_nf4  # noqa: E402
 
 try:
     import bitsandbytes.functional as bitsandbytes
+    from bitsandbytes.optim import AdamW8bit as TheirAdamW
 except ImportError:
-    bitsandbytes = None
+    bitsandbytes = TheirAdamW = None
 
 
 def errors(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,6 +72,24 @@ def contest(what: str, shape, moved: float, functions: dict, device: str) -> Non
     print(f"| {what} | {shape[0]} x {shape[1]} | {speed} | {other} |", flush=True)
 
 
+def packing_and_stepping(shape: tuple[int, int], device: str) -> None:
+    """The rows of a bf16 weight that is packed, and of one that is trained."""
+    numel, count = shape[0] * shape[1], COPIES[device]
+    weights = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(count)]
+    functions = {"ours": lambda call: quantize_nf4(weights[call % count])}
+    if bitsandbytes:
+        how = {"quant_type": "nf4", "compress_statistics": True}
+        functions["bitsandbytes"] = lambda call: bitsandbytes.quantize_4bit(weights[call % count], **how)
+    contest("bf16 to NF4", shape, numel * (2 + 4.127 / 8), functions, device)
+    weight, functions = torch.nn.Parameter(weights[0]), {}  # with gradient and moments too large for the cache
+    weight.grad = torch.randn_like(weight)
+    for name, kind in (("ours", AdamW8bit), ("bitsandbytes", TheirAdamW)):
+        if kind:
+            optimizer = kind([weight], lr=1e-4)
+            functions[name] = lambda call, optimizer=optimizer: optimizer.step()
+    contest("8-bit AdamW's step, bf16", shape, numel * (3 * 2 + 4 * 1), functions, device)
+
+
 def main():
     parser = argparse.ArgumentParser(description="The error of NF4, and the speed of making a weight from it.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -85,6 +105,7 @@ def main():
             print(f"| {name}, {of} | {error.abs().mean():.5f} | {error.pow(2).mean():.6f} |")
 
     print("\n| | shape | ms | GB/s | of copy | bitsandbytes, ms | speed, ours / theirs |\n|---|---|---|---|---|---|---|")
+    packing_and_stepping((4096, 4096), device)
     for shape in ((4096, 4096), (4096, 11008), (8192, 28672)):
         numel = shape[0] * shape[1]
         for dtype in (torch.bfloat16, torch.float32):

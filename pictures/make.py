@@ -42,8 +42,8 @@ def count() -> None:
             ]
             answer = json.loads(subprocess.run([*command, *flags.split(), "--json"], check=True, capture_output=True).stdout)
             kept = {part: sum(answer["terms"][term]["simulated"] or 0 for term in terms) for part, terms in PARTS.items()}
-            if "optimizer" not in answer["peak_phase"]:  # at the loss, and in the first block of backward, there are none
-                kept["gradients"] = 0
+            late = "optimizer", "backward embedding"  # else, at the loss and in backward's first block, there are no gradients
+            kept["gradients"] *= answer["peak_phase"].endswith(late)
             peak = answer["peak"]["allocated"]["simulated"]
             file.write(json.dumps({"name": name, "flags": flags, "peak": peak, "phase": answer["peak_phase"], **kept}) + "\n")
 

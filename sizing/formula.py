@@ -82,24 +82,15 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         known[re.sub(",|'s", "", name).replace(" ", "_")] = size
         terms[name] = text.replace("_", " ").replace("*", "x"), size
 
-    def work(numbers: int) -> str:
-        """The 8-bit optimizer's: a piece of a weight in fp32, several times."""
-        each = f"({8 if flags.pure_bf16 else 7} * 4 + 8 / 256)"
-        return f"{min(2**24, numbers)} * {each}" if flags.optim == "adamw_8bit" else "0"
-
     # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
     mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
     term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
     added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
-    largest = max(V * C, C * F) if full else max(flags.lora_rank * x for name in moved for x in (inside | outer(sizes))[name])
-    if flags.fsdp:
-        largest = -(-largest // known["P"])
-    one = "2 * V * C / P * g" if flags.fsdp and full else f"{largest} * g"  # of a time: FSDP reduces what is in no block together
+    one = f"{max(V * C, C * F)} * g" if full and not flags.fsdp else "0"  # of a time: the others' are small, or gone by the peaks
     every = "2 * N * g" if buckets and added else "N * g"
     term("gradients", one if within else f"{mine} * {kept_in}" if flags.fsdp else every)
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
-    term("optimizer's work", work(largest))
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
         term("gathered weights", "3 * G + R", "2 * G + 2 * R")
@@ -146,7 +137,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     apart = f"T * C * {20 if s == 4 else 22}"  # a CPU's norm, backward: five tensors in fp32, and what comes if in 16 bits
     moments += [apart + " + V * C * g" * (full and not (within or buckets))] * (not gpu)
     if full and within and not flags.fsdp:  # the head is stepped
-        moments.append(f"V * C * g + optimizer_work + T * C * s{kept}")
+        moments.append(f"V * C * g + T * C * s{kept}")
     term("logits and loss", *moments)
 
     # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
@@ -157,7 +148,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         if masters and not stay:
             rises += ["T * F * b + C * F * b + T * C * b", "C * F * 4 + T * C * 2"]
         if within and not flags.fsdp:
-            rises.append(f"C * F * b + {work(C * F)}")
+            rises.append("C * F * b")
     else:
         rises = ["3 * T * F * b"]
         if "w2" in moved:  # its adapter's gradients are not yet fp32
@@ -195,8 +186,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     always = "weights + adapters + optimizer_state + cuBLAS_workspace + "
     stays = always + "gradients + " * buckets
     if flags.cpu_offload:
-        term("in the host's memory", "weights + adapters + gradients + optimizer_state + optimizer_work")
-        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "optimizer_work", "M"), 0)
+        term("in the host's memory", "weights + adapters + gradients + optimizer_state")
+        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "M"), 0)
     first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
     earlier = " + gradients" * (added and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s"
@@ -210,13 +201,14 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + activations + earlier + head + backward + " + 2 * G + R",
             stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
             stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
-            stays + "gradients" + f" + 2 * V * C * (g + 4 + {extra} / P)" * full,  # what is in no block, reduced at last in fp32
+            # What is in no block, reduced at last in fp32.
+            stays + ("gradients", "2 * V * C / P * g")[full and within] + f" + 2 * V * C * (g + 4 + {extra} / P)" * full,
         ]
     else:
         moments = [
             stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
             stays + activations + (earlier or " + V * C * g" * (full and not buckets and not within)) + backward,
-            always + ("N * g" if buckets else "gradients") + " + optimizer_work",
+            always + ("N * g" if buckets else "gradients"),
         ]
         if full and within:
             moments.append(stays + "gradients + T * C * s")
@@ -226,7 +218,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
     term("allocated peak", *moments)
     if flags.cpu_offload:
-        terms = {name: term for name, term in terms.items() if name not in (*KEPT, "optimizer's work")}
+        terms = {name: term for name, term in terms.items() if name not in KEPT}
     return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
 
 
@@ -247,8 +239,6 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         moment = "end" if "optimizer" in phases else "peak"  # within backward no phase ends with one
         terms["gradients"] = max(getattr(phase, moment)["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
-    if "optimizer" in phases and not line.host:  # else it worked within backward, or on the host
-        terms["optimizer's work"] = phases["optimizer"].rise
     for kind in SENT:
         if most := max(phase.sent[kind] for phase in phases.values() if phase.layer is not None):
             terms[kind] = most

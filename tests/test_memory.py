@@ -339,8 +339,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_gpus_within_a_hundredth
     flags, sizes, gpu = {"dtype": "bf16"} | flags, replace(PRESETS[preset], n_layers=3), GPUS["a100-80"]
     run = rehearsal(flags, sizes, tokens, for_gpu=True, processes=count)
     closed, counted = formula(sizes, run.config, gpu, count), simulated(predict(run, gpu), sizes.n_layers)
-    # Within backward the optimizer's work is part of other terms' count.
-    assert closed.keys() == counted.keys() | ({"optimizer's work"} if "optimizer_in_backward" in flags else set())
+    assert closed.keys() == counted.keys()
     agree(closed, counted)
 
 

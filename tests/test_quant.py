@@ -14,7 +14,6 @@ from conftest import load
 from torch import nn
 
 import generate as generate_script
-import quant as quant_module
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
 from generate import GenerateConfig, Sampling, generate
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
@@ -27,11 +26,15 @@ from quant import (
     Int8Linear,
     NF4Linear,
     QuantError,
+    adamw_op,
+    adamw_plain,
+    adamw_triton,
     dequantize_nf4,
     dequantize_op,
     dequantize_plain,
     dequantize_triton,
     matvec_triton,
+    nearest_level,
     nf4_linear_op,
     quantize_blockwise,
     quantize_nf4,
@@ -258,6 +261,62 @@ def test_both_kernels_follow_rows_in_another_order():
     assert torch.allclose(matvec_triton(x, moved), F.linear(x, dequantize_plain(moved, x.dtype)), atol=1e-4)
 
 
+def adamw_state(n, dtype):
+    """A weight and moments as no step has touched them, for adamw_op."""
+    codes = [torch.zeros(n, dtype=torch.uint8) for _ in range(2)]
+    return [torch.randn(n).to(dtype), *codes, *(torch.zeros(-(-n // 256)) for _ in range(2))]
+
+
+def adamw_numbers(step):
+    """1 - rate x decay, both betas, the rate, and what Adam divides the mean square by, eps: as AdamW8bit.step has them."""
+    return [1 - 1e-2 * 0.1, 0.9, 0.999, 1e-2 / (1 - 0.9**step), 1 - 0.999**step, 1e-8]
+
+
+@pytest.mark.live
+@KERNEL
+@pytest.mark.parametrize("n", [4096, 256 * 37 + 100])
+def test_the_adamw_kernel_steps_as_the_plain_lines_do(n):
+    """Sums are rounded otherwise, so that a moment halfway between two levels may be packed as its neighbour."""
+    torch.manual_seed(0)
+    ours = adamw_state(n, torch.float32)
+    plain = [x.clone() for x in ours]
+    before = ours[0].clone()
+    for step in range(1, 6):
+        grad = torch.randn(n) * torch.rand(n) ** 3
+        if GPU:
+            ours = [x.cuda() for x in ours]
+        adamw_triton(*ours[:1], grad.to(ours[0].device), *ours[1:], adamw_numbers(step), step)
+        ours = [x.cpu() for x in ours]
+        adamw_plain(plain[0], grad, *plain[1:], numbers=adamw_numbers(step), random=None)
+    assert (plain[0] - before).abs().max() > 0.03
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(ours[1:3], plain[1:3], strict=True):
+        apart = (mine.int() - theirs.int()).abs()
+        assert apart.max() <= 1 and apart.float().mean() < 1e-3 and len(theirs.unique()) > 50
+    for mine, theirs in zip(ours[3:], plain[3:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.live
+@KERNEL
+def test_the_adamw_kernel_rounds_bf16_weights_by_chance_and_by_its_seed_alone():
+    torch.manual_seed(0)
+    device = "cuda" if GPU else "cpu"
+
+    def stepped(seed):
+        torch.randn(3)  # what else was drawn does not matter
+        state = [x.to(device) for x in adamw_state(2**14, torch.bfloat16)]
+        state[0].fill_(1.0)
+        grad = torch.ones(2**14, device=device, dtype=torch.bfloat16)
+        adamw_triton(state[0], grad, *state[1:], [1.0, 0.9, 0.999, 2**-9 / (1 - 0.9), 1 - 0.999, 1e-8], seed)
+        return state[0].float().cpu()
+
+    weight = stepped(1)
+    assert weight.unique().tolist() == [1 - 2**-8, 1.0]  # the step of 2^-9 is half of the last bit
+    assert weight.mean().item() == pytest.approx(1 - 2**-9, abs=1e-4)
+    assert torch.equal(weight, stepped(1)) and not torch.equal(weight, stepped(2))
+
+
 COMPILES = """
 import sys, torch
 torch.cuda.is_available = lambda: True  # so that quant.py has its kernels
@@ -278,16 +337,19 @@ class Compiled:
         names = self.kernel.arg_names
         values = dict(zip(names, values)) | {name: options.pop(name) for name in names if name in options}
         fixed = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
-        kind = lambda value: kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        kind = lambda value: kinds[value.dtype] if isinstance(value, torch.Tensor) else {float: "fp32", int: "i32"}[type(value)]
         signature = {name: "constexpr" if name in fixed else kind(value) for name, value in values.items()}
         source = ASTSource(self.kernel, signature, constexprs=fixed)
         made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         print(len(made.asm["cubin"]), made.metadata.shared)
 
 packed = quant.quantize_nf4(torch.randn(32, 512), double_quant)
-quant._dequantize_kernel, quant._matvec_kernel = Compiled(quant._dequantize_kernel), Compiled(quant._matvec_kernel)
+for name in ("dequantize_kernel", "matvec_kernel", "adamw_kernel"):
+    setattr(quant, name, Compiled(getattr(quant, name)))
 quant.dequantize_triton(packed, dtype)
 quant.matvec_triton(torch.randn(3, 512).to(dtype), packed)
+codes, absmax = torch.zeros(2, 4096, dtype=torch.uint8), torch.zeros(2, 16)
+quant.adamw_triton(torch.randn(4096).to(dtype), torch.randn(4096).to(dtype), *codes, *absmax, [0.1] * 6, 7)
 """
 
 
@@ -297,15 +359,15 @@ quant.matvec_triton(torch.randn(3, 512).to(dtype), packed)
 @pytest.mark.parametrize(
     ("gpu", "dtype"), [(75, "float16"), (75, "float32"), (86, "bfloat16"), (86, "float32"), (90, "bfloat16"), (90, "float16")]
 )
-def test_both_kernels_compile_to_the_machine_code_of_gpus_and_fit_the_shared_memory_of_the_smallest(gpu, dtype, double_quant):
+def test_the_kernels_compile_to_the_machine_code_of_gpus_and_fit_the_shared_memory_of_the_smallest(gpu, dtype, double_quant):
     """The interpreter accepts what the compiler refuses, such as two returns of different types; no GPU is needed to compile.
     A T4 (75) has 64 KB of shared memory, an RTX 3090 (86) 99, an H100 (90) 227."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILES, str(gpu), dtype, str(double_quant)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    dequantize, matvec = (list(map(int, line.split())) for line in done.stdout.splitlines())
-    assert min(dequantize[0], matvec[0]) > 1000 and max(dequantize[1], matvec[1]) <= 64 * 1024
+    sizes, shared = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert len(sizes) == 3 and min(sizes) > 1000 and max(shared) <= 64 * 1024
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -675,19 +737,35 @@ def test_8_bit_adamw_follows_adamws_losses_within_1_percent_in_2_bytes_a_weight(
     assert sum(size for _, size in large) / sum(n for n, _ in large) == pytest.approx(2, abs=0.05)
 
 
-def test_8_bit_adamw_does_the_same_in_pieces(monkeypatch):
-    def trained(piece):
-        monkeypatch.setattr(quant_module, "PIECE", piece)
-        torch.manual_seed(0)
-        weights = [nn.Parameter(torch.randn(70, 100)), nn.Parameter(torch.randn(100))]  # 27 blocks and a part; too small to pack
-        optimizer = AdamW8bit(weights, lr=1e-2, weight_decay=0.1)
-        for _ in range(3):
-            for weight in weights:
-                weight.grad = torch.randn_like(weight)
-            optimizer.step()
-        return torch.cat([weight.detach().flatten() for weight in weights])
+def test_8_bit_adamw_does_the_same_in_pieces():
+    torch.manual_seed(0)
+    pieces = adamw_state(3 * 2**15 + 100, torch.float32)  # a piece has 2^16
+    whole = [x.clone() for x in pieces]
+    for step in range(1, 4):
+        grad = torch.randn_like(whole[0])
+        adamw_op(pieces[0], grad, *pieces[1:], adamw_numbers(step), step)
+        adamw_plain(whole[0], grad, *whole[1:], numbers=adamw_numbers(step), random=None)
+    assert all(torch.equal(x, y) for x, y in zip(pieces, whole, strict=True))
 
-    assert torch.equal(trained(2**24), trained(512))
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_optimizers_operator_says_what_it_changes(packed):
+    weight, mean, square, *absmax = adamw_state(5000, torch.bfloat16)
+    moments = (mean, square, *absmax) if packed else (mean.float(), square.float(), None, None)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(adamw_op, (weight, torch.randn(5000), *moments, adamw_numbers(1), 1), test_utils=checks)
+
+
+@pytest.mark.parametrize("code", [NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE], ids=["nf4", "signed", "unsigned"])
+def test_the_nearest_level_by_look_up_is_that_by_search(code):
+    """Also at each border between two levels, beside it, and for the smallest numbers there are."""
+    torch.manual_seed(0)
+    borders = (code[:-1] + code[1:]) / 2
+    beside = [torch.nextafter(borders, torch.tensor(x)) for x in (-9.0, 9.0)]
+    small = 10 ** (torch.rand(10**5) * -9)
+    few = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0])
+    x = torch.cat([torch.rand(10**5) * 2 - 1, small, -small, code, borders, *beside, few])
+    assert torch.equal(nearest_level(x, code), torch.bucketize(x, borders).to(torch.uint8))
 
 
 def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():

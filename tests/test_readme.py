@@ -274,7 +274,7 @@ def figures_of_7b() -> dict[str, str]:
         "in fp32, {} GB for 7B": f"{12 * total / 1e9:.0f}",
         "(64 x 256) = {} bits": f"{bits:.3f}",
         "7B's blocks take {} GB": f"{linears * bits / 8 / 1e9:.1f}",
-        "GB instead of {}.\n": f"{linears * 2 / 1e9:.1f}",
+        "GB instead of {}. The": f"{linears * 2 / 1e9:.1f}",
         "(NF4: {} GB for 7B": f"{(linears * bits / 8 + tables * 2) / 1e9:.1f}",
         "GB for 7B instead of {})": f"{total * 2 / 1e9:.1f}",
     }

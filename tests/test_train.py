@@ -547,6 +547,29 @@ def test_8_bit_moments_of_shards_give_nearly_the_run_of_one_and_resume_to_the_bi
     assert log_of(base / "two") == sharded
 
 
+EVERY_WEIGHT = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train
+step, folder = train.AdamW8bit.step, sys.argv[sys.argv.index("--output_dir") + 1]
+def watched(self):
+    step(self)
+    weights = [p.detach() for group in self.param_groups for p in group["params"]]
+    if type(weights[0]) is torch.Tensor:  # not the prediction's, which are fake
+        torch.save(weights, f"{folder}-{os.environ['RANK']}.pt")
+train.AdamW8bit.step = watched
+train.main()
+"""
+
+
+def test_copies_of_a_model_stay_equal_to_the_bit_although_weights_are_rounded_by_chance(base):
+    more = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True, "dtype": "bf16", "save_steps": 0}
+    result = in_a_process(spoiled(base, EVERY_WEIGHT, **more))
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(base / f"run-{rank}.pt") for rank in (0, 1))
+    assert first[0].dtype == torch.bfloat16 and all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 def two_nodes(base, name, folders, restarts=0, program=None, **more) -> list[subprocess.Popen]:
     """README's command, on two addresses of this machine: each node has its own torchrun, started in its folder, and they meet
     at the first's port."""
