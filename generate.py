@@ -290,7 +290,8 @@ def main():
     try:
         config = GenerateConfig(**with_tuples(parse_flags(GenerateConfig, __doc__)))
         do = pick(config)  # before a long read, which what is wrong with the flags should not wait for
-        do(load_voices(config), config)
+        with torch.inference_mode():  # nothing is trained here: each small operation takes a sixth less
+            do(load_voices(config), config)
     except BrokenPipeError:
         sys.stderr.close()  # `| head` has seen enough
     except (CheckpointError, DataError, LoRAError, OSError, SafetensorError) as error:

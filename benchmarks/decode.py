@@ -52,7 +52,7 @@ def ours(options, quantize: str, compiled: bool):
             if index == 0:
                 step()
 
-    return turn, read
+    return torch.inference_mode()(turn), read  # as the program answers
 
 
 def theirs(options, quantize: str, compiled: bool):

@@ -52,7 +52,7 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
     if answering:
-        order_for_cpu(model)  # the head
+        order_for_cpu(model)  # the head, the norms
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     voices = [Voice(f"base ({base.name})" if config.adapter else base.name, model, tokenizer, template)]
     for adapter, (_, _, tokenizer, template) in zip(config.adapter, runs, strict=False):

@@ -14,6 +14,8 @@ from functools import partial
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: gradio reads it there
 
+import torch
+
 from data import DataError
 from generate import GenerateConfig, Sampling
 from talking.chat import Reply, check_text
@@ -59,6 +61,7 @@ class Desk:
         finally:
             left.set()
 
+    @torch.inference_mode()
     def _work(self):
         under_way: deque = deque()
         while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import generate as generate_module
@@ -27,9 +28,9 @@ from generate import (
     text_stream,
 )
 from lora import LoRAError, add_lora, load_adapter
-from model import CheckpointError, Llama, ModelConfig, from_hf, load_model, random_model, save_hf
+from model import CheckpointError, Llama, ModelConfig, RMSNorm, from_hf, load_model, random_model, save_hf
 from quant import Int8Linear, NF4Linear
-from talking.cpu import CPULinear, order_for_cpu
+from talking.cpu import CPULinear, CPUNorm, order_for_cpu
 from weights.chat import write_chat_template
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +226,21 @@ def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama)
         assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
     assert say(model, PROMPT, 4) == said
     assert not CPULinear.helps(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_norm_is_rmsnorm_a_row_at_a_time(dtype):
+    torch.manual_seed(0)
+    norm = RMSNorm(768, 1e-2).to(dtype)  # an eps that is seen
+    norm.weight.data.uniform_(0.5, 1.5)
+    x = torch.randn(9, 768, dtype=dtype) * torch.tensor([[0.01]] + [[3.0]] * 8, dtype=dtype)
+    ordered = order_for_cpu(nn.Sequential(norm))[0]
+    assert type(ordered) is CPUNorm and ordered.weight is norm.weight
+    with torch.no_grad():
+        out, exact = ordered(x), norm.double()(x.double())
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert torch.equal(out, torch.cat([ordered(row[None]) for row in x]))
 
 
 def test_a_bf16_model_is_read_in_a_cpus_order_to_answer_and_in_plain_rows_to_be_saved(base, tmp_path):
@@ -474,7 +490,7 @@ def test_the_folder_of_a_lora_run_knows_its_base_tokenizer_and_template(base, ad
     model, _, template = load(config(adapter=adapter))
     expected = load_adapter(load_model(base), adapter, partial(from_hf, config=model.config))
     tokens = torch.tensor(PROMPT)
-    assert torch.equal(model(tokens), expected(tokens))
+    torch.testing.assert_close(model(tokens), expected(tokens))
     assert not torch.allclose(model(tokens), load_model(base)(tokens), atol=0.1)  # the control: the adapter does something
     assert template == TEMPLATES["alpaca"]
 
