@@ -244,9 +244,9 @@ class KVCache:
         dtype = torch.float32 if torch.device(device).type == "cpu" else dtype
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
-        self.static = static
+        self.rows, self.static = torch.arange(sequences, device=device), static
         if static:  # a CUDA graph may then write into them where they are
-            for tensor in (self.keys, self.values, self.lengths):
+            for tensor in (self.keys, self.values, self.lengths, self.rows):
                 torch._dynamo.mark_static_address(tensor)
 
     def drop(self, row: int) -> None:
@@ -257,9 +257,11 @@ class KVCache:
         self.lengths = self.lengths[:-1]
 
     def visible(self) -> torch.Tensor:
-        """(B, 1, 1, span), true where the next token of each sequence may look: at itself and before."""
+        """(B, 1, 1, span), to be added to scores: 0 where the next token of each sequence may look, at itself and before, -inf
+        elsewhere. Made once a step; of true and false every layer would make it anew."""
         span = self.keys.shape[3] if self.static else int(self.lengths.max()) + 1
-        return (torch.arange(span, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        behind = torch.arange(span, device=self.lengths.device) <= self.lengths[:, None]
+        return torch.where(behind, 0.0, float("-inf")).to(self.keys.dtype)[:, None, None]
 
     def attend(self, layer: int, visible: torch.Tensor | None, q, k, v, cu_seqlens, method: str) -> torch.Tensor:
         """Keep the keys and values (T, K, D) of new tokens; let their queries (T, H, D) look at their own sequence up to
@@ -267,11 +269,12 @@ class KVCache:
         keys, values, dtype = self.keys[layer], self.values[layer], q.dtype
         q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
         if visible is not None:
-            rows, span = torch.arange(len(q), device=q.device), visible.shape[-1]
+            rows, span = self.rows[: len(q)], visible.shape[-1]
             keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
             q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head are rows of one matrix
-            attention = textbook_attention if method == "textbook" else F.scaled_dot_product_attention
-            out = attention(q, keys[: len(q), :, :span], values[: len(q), :, :span], visible)
+            k, v = keys[: len(q), :, :span], values[: len(q), :, :span]
+            textbook = method == "textbook"
+            out = textbook_attention(q, k, v, visible == 0) if textbook else F.scaled_dot_product_attention(q, k, v, visible)
             return out.flatten(1, 2).to(dtype)  # (B, H, D)
         out = []
         for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
