@@ -659,6 +659,21 @@ def test_a_sharded_run_whose_ranks_are_killed_restarts_by_itself_with_the_same_l
     assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(base / "whole").items())
 
 
+def test_shards_that_were_asked_between_steps_are_saved_with_their_moments_and_resume_to_the_bit(base):
+    """An evaluation has no backward pass, after which FSDP would give back the embedding, last norm and head that it gathered.
+    They stayed so, were saved without moments, and a resumed run began with those of the base: its loss was 6 % off."""
+    more = {"method": "full", "eval_data": [str(base / "held.jsonl")], "eval_steps": 2, "max_steps": 4, "exact_match": True}
+    whole = together(base, "run", 2, fsdp=True, **more)
+    weights = final_weights(base / "run")
+    held = FileSystemReader(base / "run" / "checkpoint-2").read_metadata().state_dict_metadata
+    assert len(held) == 4 * (2 * 9 + 3)  # two layers of nine weights, and three in none: each with two moments and a count
+    resume = ["--resume", "--output_dir", str(taken_back(base / "run", 2))]
+    result = in_a_process([*torchrun(2), str(REPOSITORY / "train.py"), *resume])
+    assert result.returncode == 0, result.stderr
+    assert log_of(base / "run") == whole
+    assert all(torch.equal(weights[name], tensor) for name, tensor in final_weights(base / "run").items())
+
+
 NAN_ON_RANK_1 = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
