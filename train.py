@@ -51,7 +51,7 @@ from running.folder import Log, alone_in, begin_folder, check_start, describe, f
 from running.plan import make_plan
 from running.reading import Data, read_data
 from running.settings import RunError, check, completed
-from running.workers import NotFinite, Stopped, StopSignal, Workers, packed_together, restarts, whole
+from running.workers import NotFinite, Stopped, StopSignal, Workers, asking, packed_together, restarts, whole
 
 
 @dataclass(frozen=True)
@@ -296,14 +296,13 @@ def step_in_backward(model: Llama, optimizer) -> None:
 @torch.no_grad()
 def evaluate(model: Llama, batches: PackedBatches, workers: Workers, autocast) -> float:
     """Mean cross-entropy per supervised token of all rows, in nats. Each rank reads its share."""
-    model.eval()
     loss, supervised = 0.0, 0
-    for first in range(0, len(batches), workers.world):  # past the last row a batch is empty: all ranks take as many turns
-        batch = batches.batch(0, first + workers.rank)
-        supervised += int((batch["labels"] != IGNORE).sum())
-        with autocast():
-            loss += model(**{name: x.to(workers.device) for name, x in batch.items()}).item()
-    model.train()
+    with asking(model):
+        for first in range(0, len(batches), workers.world):  # past the last row a batch is empty: all ranks take as many turns
+            batch = batches.batch(0, first + workers.rank)
+            supervised += int((batch["labels"] != IGNORE).sum())
+            with autocast():
+                loss += model(**{name: x.to(workers.device) for name, x in batch.items()}).item()
     return workers.sum(loss) / workers.sum(supervised)
 
 

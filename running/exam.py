@@ -10,7 +10,7 @@ from generate import Sampling, answers
 from model import Llama
 from running.checkpoint import write_text
 from running.reading import Data
-from running.workers import Workers
+from running.workers import Workers, asking
 
 TOGETHER = 32  # questions at most
 
@@ -55,13 +55,12 @@ class Exam:
 
     def ask(self) -> list[str]:
         """Greedy replies, shared out over the ranks."""
-        self.model.eval()
         voice, replies = (self.model, self.data.tokenizer, self.data.template), []
-        for group in self.groups(self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]):
-            prompts, limits = map(list, zip(*group, strict=True))
-            said = answers(*voice, prompts, Sampling(max_new_tokens=max(limits)), limits=limits)
-            replies += [text for text, _ in said]
-        self.model.train()
+        with asking(self.model):
+            for group in self.groups(self.asked if self.together else self.asked[self.workers.rank :: self.workers.world]):
+                prompts, limits = map(list, zip(*group, strict=True))
+                said = answers(*voice, prompts, Sampling(max_new_tokens=max(limits)), limits=limits)
+                replies += [text for text, _ in said]
         return replies if self.together else self.workers.gather(replies)
 
     def report(self, folder: Path, before: list[str], after: list[str]):

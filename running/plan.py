@@ -42,6 +42,11 @@ def make_plan(config, batches: PackedBatches, rows_per_step: int, peak: float, d
         raise RunError(
             f"a step of the run in {config.output_dir} has {rows_per_step} rows, which {workers.world} processes cannot share"
         )
+    if config.optimizer_in_backward and rows_per_step > workers.world:  # begun on more: it would step once for each row
+        raise RunError(
+            f"a step of the run in {config.output_dir} has {rows_per_step} rows, and --optimizer_in_backward never has the "
+            f"gradient of more than one a process: resume it on {rows_per_step} processes"
+        )
     steps_per_epoch = math.ceil(len(batches) / rows_per_step)
     total = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
     return Plan(rows_per_step, steps_per_epoch, total, peak, dtype)

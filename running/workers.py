@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from running.settings import RunError
@@ -116,6 +117,18 @@ class Workers:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that the processes hold together. All of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def asking(model: torch.nn.Module):
+    """The model as it is asked, not trained. Embedding, last norm and head of one in shards stay gathered after a forward pass,
+    for the backward that follows in training. None does here: left so, a checkpoint would hold them without their moments,
+    and what is read from one would go into the gathered copy, to be forgotten."""
+    model.eval()
+    yield
+    model.train()
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def packed_together(linear: type) -> type:
