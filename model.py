@@ -156,12 +156,13 @@ def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
-    if method == "textbook":
+    if method == "textbook" or q.device.type != "cpu":  # on a GPU what runs in fp32, or with a mask, knows no shared heads
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+    if method == "textbook":
         return textbook_attention(q, k, v, mask)
     # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). Its own causal mask
     # counts queries and keys from the beginning alike, which is right where all tokens are new.
-    fused = partial(F.scaled_dot_product_attention, is_causal=mask is None, enable_gqa=heads != kv_heads)
+    fused = partial(F.scaled_dot_product_attention, is_causal=mask is None, enable_gqa=heads != len(k))
     return fused(q[None], k[None], v[None], mask)[0]
 
 
