@@ -246,6 +246,8 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.static = static
+        # Tokens looked at: a multiple of this. cuDNN, which PyTorch takes on an H100, plans some 30 ms for each new number.
+        self.multiple = 1 if self.keys.device.type == "cpu" else 64
         if static:  # a CUDA graph may then write into them where they are
             for tensor in (self.keys, self.values, self.lengths):
                 torch._dynamo.mark_static_address(tensor)
@@ -259,7 +261,8 @@ class KVCache:
 
     def visible(self) -> torch.Tensor:
         """(B, 1, 1, span), true where the next token of each sequence may look: at itself and before."""
-        span = self.keys.shape[3] if self.static else int(self.lengths.max()) + 1
+        room = self.keys.shape[3]
+        span = room if self.static else min(room, -(-(int(self.lengths.max()) + 1) // self.multiple) * self.multiple)
         return (torch.arange(span, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
 
     def attend(self, layer: int, visible: torch.Tensor | None, q, k, v, cu_seqlens, method: str) -> torch.Tensor:

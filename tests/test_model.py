@@ -219,6 +219,22 @@ def test_shared_heads_are_spread_out_where_the_fused_kernel_does_not_know_them(m
     assert given == [(kv_heads, kv_heads, kv_heads == 2)] * 2
 
 
+@torch.no_grad()
+def test_a_gpu_looks_at_few_lengths_of_the_cache_and_reads_the_same(tiny_llama, monkeypatch):
+    """Every length is a new shape, for which cuDNN makes a new plan on the host."""
+    model, tokens, logits, lengths = tiny_llama(), torch.arange(3, 90), [], [set(), set()]
+    fused = F.scaled_dot_product_attention
+    for multiple, seen in zip((1, 64), lengths, strict=True):
+        cache = KVCache(model.config, 80, "cpu", torch.float32)
+        cache.multiple = multiple
+        model(tokens[:5], cache=cache)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, m, s=seen: s.add(k.shape[2]) or fused(q, k, v, m))
+        logits.append(torch.cat([model(token[None], cache=cache) for token in tokens[5:80]]))
+        monkeypatch.undo()
+    assert lengths == [set(range(6, 81)), {64, 80}]
+    close(*logits)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is CUDA's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_variable_length_kernel_equals_textbook(dtype):
