@@ -140,10 +140,9 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: 
 
 
 def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen) -> torch.Tensor:
-    """One step: read the tokens of the stream, choose the next of each of its B documents (B,), note it in seen (B, V)."""
-    tokens = sample(model(tokens, borders, cache=cache), sampling, draws, seen)
-    seen.scatter_(1, tokens[:, None], True)
-    return tokens
+    """One step: read the tokens of the stream, choose the next of each of its B documents (B,). Nothing changes but the cache:
+    a CUDA graph is not made of a step that writes into a tensor whose address it does not know."""
+    return sample(model(tokens, borders, cache=cache), sampling, draws, seen)
 
 
 def compile_decoding(model: Llama) -> Llama:
@@ -216,6 +215,7 @@ def generate_batch(
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
+            seen.scatter_(1, tokens[:, None], True)
             for index, token in zip(list(active), tokens.tolist(), strict=True):
                 ids.append(token)
                 if token in stop_tokens:

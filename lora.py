@@ -28,16 +28,16 @@ class LoRALinear(nn.Module):
     """A frozen linear (anything with in_features and out_features) and its low-rank correction.
 
     A and B are fp32 whatever the base's format: an update of 1e-4 to a weight near 1 is lost in bf16's 8 bits.
-    They are cast to x's format for the product."""
+    They are cast to x's format for the product. A is drawn on the CPU, whose numbers are the same beside every device."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool, device=None):
         super().__init__()
         self.base = base
         self.scaling = scaling(rank, alpha, rslora)
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features, dtype=torch.float32), a=math.sqrt(5))
+        self.lora_A = nn.Parameter(drawn.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         thin = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (T, r): the cheap place to scale
@@ -52,7 +52,7 @@ class LoRAEmbedding(nn.Module):
         self.base = base  # dropout is not applied: a token is there or it is not
         self.scaling = scaling(rank, alpha, rslora)
         self.lora_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.randn(base.embedding_dim, rank, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.randn(base.embedding_dim, rank, dtype=torch.float32).to(device))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.base(tokens)  # (T, C)

@@ -156,12 +156,13 @@ def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
-    if method == "textbook":
+    if method == "textbook" or q.device.type != "cpu":  # on a GPU what runs in fp32, or with a mask, knows no shared heads
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+    if method == "textbook":
         return textbook_attention(q, k, v, mask)
     # PyTorch's fused kernel never writes the (Tq, Tk) scores to memory (FlashAttention, section 3.1). Its own causal mask
     # counts queries and keys from the beginning alike, which is right where all tokens are new.
-    fused = partial(F.scaled_dot_product_attention, is_causal=mask is None, enable_gqa=heads != kv_heads)
+    fused = partial(F.scaled_dot_product_attention, is_causal=mask is None, enable_gqa=heads != len(k))
     return fused(q[None], k[None], v[None], mask)[0]
 
 
@@ -245,6 +246,8 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
         self.rows, self.static = torch.arange(sequences, device=device), static
+        # Tokens looked at: a multiple of this. cuDNN, which PyTorch takes on an H100, plans some 30 ms for each new number.
+        self.multiple = 1 if self.keys.device.type == "cpu" else 64
         if static:  # a CUDA graph may then write into them where they are
             for tensor in (self.keys, self.values, self.lengths, self.rows):
                 torch._dynamo.mark_static_address(tensor)
@@ -259,7 +262,8 @@ class KVCache:
     def visible(self) -> torch.Tensor:
         """(B, 1, 1, span), to be added to scores: 0 where the next token of each sequence may look, at itself and before, -inf
         elsewhere. Made once a step; of true and false every layer would make it anew."""
-        span = self.keys.shape[3] if self.static else int(self.lengths.max()) + 1
+        room = self.keys.shape[3]
+        span = room if self.static else min(room, -(-(int(self.lengths.max()) + 1) // self.multiple) * self.multiple)
         behind = torch.arange(span, device=self.lengths.device) <= self.lengths[:, None]
         return torch.where(behind, 0.0, float("-inf")).to(self.keys.dtype)[:, None, None]
 

@@ -81,24 +81,27 @@ UNSIGNED_CODE = dynamic_levels(signed=False)
 _PAIRS = torch.stack([NF4_CODE.repeat_interleave(16), NF4_CODE.repeat(16)], dim=1).view(torch.int64).flatten()
 
 
-def middles(code: torch.Tensor) -> torch.Tensor:
-    """What lies halfway between neighbouring levels: one fewer than levels."""
-    return (code[:-1] + code[1:]) / 2
+@cache
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """One of these tables, brought to a GPU once: a CUDA graph cannot record a copy from the host's memory."""
+    return table.to(device)
 
 
-# Between which two middles a float lies, its upper 16 of 32 bits say, but for one middle at most. So for each of those: how many
-# middles are below the smallest float that begins with them (a negative one is smallest with all its other bits set).
+# Between which two middles (of neighbouring levels) a float lies, its upper 16 of 32 bits say, but for one middle at most. So for
+# each of those: how many middles are below the smallest float that begins with them (a negative one has all its other bits set).
 _UPPER = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
 _SMALLEST = torch.where(_UPPER < 0, _UPPER | 0xFFFF, _UPPER).view(torch.float32)
-_BELOW = {code: torch.bucketize(_SMALLEST, middles(code)).to(torch.uint8) for code in (NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE)}
+_MIDDLES = {code: (code[:-1] + code[1:]) / 2 for code in (NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE)}
+_BELOW = {code: torch.bucketize(_SMALLEST, between).to(torch.uint8) for code, between in _MIDDLES.items()}
 
 
 def nearest_level(x: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """The number of the level nearest to each x (n,), fp32: (n,) uint8; ties go to the lower. A look-up instead of a search."""
+    middles = (code[:-1] + code[1:]) / 2
     if x.is_cuda or code not in _BELOW:  # a GPU searches as fast
-        return torch.bucketize(x, middles(code).to(x.device)).to(torch.uint8)
+        return torch.bucketize(x, middles.to(x.device)).to(torch.uint8)
     below = _BELOW[code].index_select(0, (x.view(torch.int32) >> 16) + 2**15)
-    return below + (x > F.pad(middles(code), (0, 1), value=math.inf).index_select(0, below.int()))
+    return below + (x > F.pad(middles, (0, 1), value=math.inf).index_select(0, below.int()))
 
 
 def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +121,7 @@ def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple
 def dequantize_blockwise(indices: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block: int) -> torch.Tensor:
     """The inverse: fp32 (n,)."""
     scale = absmax.repeat_interleave(block)[: indices.numel()]
-    return code.to(indices.device).index_select(0, indices.int()).mul_(scale)
+    return on_device(code, indices.device).index_select(0, indices.int()).mul_(scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def dequantize_plain(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
     """What dequantize_nf4 computes, in plain PyTorch."""
     n, scales, data = math.prod(packed.shape), packed.scales()[:, None], packed.data
     out = torch.empty(scales.numel() * BLOCK, dtype=dtype, device=data.device)
-    pairs = _PAIRS.to(data.device)
+    pairs = on_device(_PAIRS, data.device)
     if n % BLOCK:
         data = F.pad(data, (0, scales.numel() * BLOCK // 2 - data.numel()))  # up to a whole block; cut off below
     piece = min(data.numel(), 2**18)  # bytes at a time, so that what is between stays in the cache
@@ -225,15 +228,9 @@ dequantize_op.register_fake(lambda data, absmax, nested, offset, shape, dtype: d
 nf4_linear_op.register_fake(lambda x, data, absmax, nested, offset, shape: x.new_empty(*x.shape[:-1], shape[0]))
 
 
-@cache
-def _book(device: torch.device, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels and middles of a code book, brought to a GPU once: a CUDA graph cannot record a copy from the host's memory."""
-    return code.to(device), middles(code).to(device)
-
-
 def _kernel_arguments(packed: PackedNF4) -> tuple:
     """(absmax, nested, offset, levels, dynamic levels), NESTED: what both kernels take alike."""
-    tables = [_book(packed.data.device, code)[0] for code in (NF4_CODE, DYNAMIC_CODE)]
+    tables = [on_device(code, packed.data.device) for code in (NF4_CODE, DYNAMIC_CODE)]
     if packed.nested is None:  # the kernel looks at neither
         return (packed.absmax, packed.absmax, packed.absmax, *tables), 0
     return (packed.absmax, packed.nested, packed.offset, *tables), packed.nested_block
@@ -244,7 +241,8 @@ def dequantize_triton(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
     blocks, (arguments, nested) = packed.absmax.numel(), _kernel_arguments(packed)
     # Without fusion into multiply-add, which rounds once where the plain lines round twice.
-    dequantize_kernel[(triton.cdiv(blocks, 32),)](packed.data, *arguments, out, blocks, nested, B=32, enable_fp_fusion=False)
+    with torch.cuda.device_of(out):  # Triton launches on the current GPU, wherever the tensors are
+        dequantize_kernel[(triton.cdiv(blocks, 32),)](packed.data, *arguments, out, blocks, nested, B=32, enable_fp_fusion=False)
     return out
 
 
@@ -253,11 +251,12 @@ def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
     (n, k), rows = packed.shape, x.flatten(0, -2)
     out = x.new_empty(len(rows), n)
     arguments, nested = _kernel_arguments(packed)
-    matvec_kernel[(triton.cdiv(n, 16),)](
-        rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
-        BN=16, BYTES=128, enable_fp_fusion=True,
-        num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        matvec_kernel[(triton.cdiv(n, 16),)](
+            rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
+            BN=16, BYTES=128, enable_fp_fusion=True,
+            num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
+        )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
 
@@ -443,8 +442,9 @@ def stochastic_round(x: torch.Tensor, random: torch.Generator | None = None) -> 
 
 def adamw_triton(weight, grad, mean, square, mean_absmax, square_absmax, numbers: list[float], seed: int) -> None:
     """adamw_plain for a whole weight in one kernel; its random numbers are others."""
-    books = *_book(weight.device, DYNAMIC_CODE), *_book(weight.device, UNSIGNED_CODE)
-    adamw_kernel[(triton.cdiv(len(mean_absmax), 4),)](
-        weight, grad, mean, square, mean_absmax, square_absmax, *books,
-        len(weight), *numbers, seed, ROUND=weight.dtype == torch.bfloat16, B=4,
-    )  # fmt: skip
+    books = (DYNAMIC_CODE, _MIDDLES[DYNAMIC_CODE], UNSIGNED_CODE, _MIDDLES[UNSIGNED_CODE])
+    with torch.cuda.device_of(weight):
+        adamw_kernel[(triton.cdiv(len(mean_absmax), 4),)](
+            weight, grad, mean, square, mean_absmax, square_absmax, *(on_device(book, weight.device) for book in books),
+            len(weight), *numbers, seed, ROUND=weight.dtype == torch.bfloat16, B=4,
+        )  # fmt: skip

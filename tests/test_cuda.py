@@ -1,5 +1,6 @@
 """What runs otherwise on a GPU, held against the same on the CPU: where there is none, all of this is skipped."""
 
+import gc
 import json
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import train as train_script
-from generate import Sampling, compile_decoding, generate_batch
+from generate import TINY, Sampling, compile_decoding, generate_batch
 from lora import add_lora, lora_parameters
 from model import load_model, save_hf
 from quant import QUANTIZERS
@@ -97,6 +98,8 @@ def test_a_run_that_died_resumes_with_the_losses_of_one_that_did_not(folder, met
 
 
 def test_a_run_says_its_peak_within_3_percent(folder, capsys):
+    torch.compiler.reset()
+    gc.collect()  # what the tests before have left would count
     losses(folder, "run", device=DEVICE, dtype="bf16", model_max_length=1024, method="full")
     said = re.search(r"memory: a peak of [\d.]+ GB .*, ([+-][\d.]+)% off", capsys.readouterr().out)
     assert abs(float(said[1])) < 3
@@ -121,9 +124,12 @@ def said(model, batch: int) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("quantize", QUANTIZERS)
-def test_greedy_answers_are_those_of_a_cpu_with_a_graph_and_without(folder, quantize, batch):
+@pytest.mark.parametrize("source", ["base", "tiny"])  # tiny/'s rows of 192 numbers are none for the kernel of NF4
+def test_greedy_answers_are_those_of_a_cpu_with_a_graph_and_without(folder, source, quantize, batch):
+    path = TINY if source == "tiny" else folder / source
+
     def build(device):
-        model = load_model(folder / "base", device=torch.device(device), dtype=torch.float32, quantize=QUANTIZERS[quantize])
+        model = load_model(path, device=torch.device(device), dtype=torch.float32, quantize=QUANTIZERS[quantize])
         for weight in lora_parameters(add_lora(model, rank=4, alpha=8.0, dropout=0.0, rslora=False)).values():
             weight.data.copy_(torch.linspace(-0.05, 0.05, weight.numel()).view(weight.shape))
         return model.eval()
@@ -132,5 +138,6 @@ def test_greedy_answers_are_those_of_a_cpu_with_a_graph_and_without(folder, quan
     assert said(there, batch) == here
     torch.compiler.reset()
     compile_decoding(there)
-    assert said(there, batch) == here
-    assert said(there, batch) == here  # the graph as it was recorded
+    with torch._inductor.config.patch({"triton.cudagraph_or_error": True}):  # or kernel by kernel, with a warning
+        assert said(there, batch) == here
+        assert said(there, batch) == here  # the graph as it was recorded

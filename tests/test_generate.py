@@ -199,6 +199,30 @@ def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tin
     answers.close()
 
 
+def test_a_compiled_step_writes_into_nothing_but_the_cache(tiny_llama, monkeypatch):
+    """torch.compile makes no CUDA graph of a step that writes into another tensor than those of a known address, and runs it
+    kernel by kernel instead. The step once noted its token in `seen`, which is a new tensor in every answer."""
+    written = set()
+
+    def watched(graph, _):
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+        def run(*tensors):
+            before = [tensor._version for tensor in tensors]
+            out = graph(*tensors)
+            for node, tensor, version in zip(inputs, tensors, before, strict=True):
+                if tensor._version != version:
+                    written.add(node.meta["tensor_dict"].get("_dynamo_static_input_type"))
+            return out
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=watched))
+    torch.compiler.reset()
+    said = together(compile_decoding(tiny_llama()), PROMPTS[:3], 5, temperature=1.3, top_p=0.9, repetition_penalty=1.2)
+    assert len(said) == 3 and written == {"unguarded"}
+
+
 @pytest.mark.parametrize("kind", [NF4Linear, Int8Linear, None])
 def test_compiled_decoding_is_one_graph_with_quantised_weights_and_adapters_too(monkeypatch, kind):
     torch.manual_seed(0)

@@ -81,6 +81,18 @@ def test_lora_starts_as_the_identity_to_the_bit(targets, dtype, tiny_llama):
     assert torch.equal(before, add_lora(model, targets=targets)(TOKENS))
 
 
+@pytest.mark.parametrize(("kind", "base"), [(LoRALinear, nn.Linear(6, 4)), (LoRAEmbedding, nn.Embedding(6, 4))])
+def test_an_adapter_is_drawn_on_the_cpu_whatever_its_device(kind, base):
+    """A GPU draws other numbers from the same seed: a run there would not be the run that it is on a CPU."""
+    after = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        drawn = kind(base, 2, 4.0, 0.0, False, device=device)
+        assert drawn.lora_A.device.type == drawn.lora_B.device.type == device
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
 def test_only_a_and_b_move(tiny_llama):
     """Two steps, because B is zero at the first, and so A's gradient. In the embedding it is the other way round."""
     model = add_lora(tiny_llama(), targets=EVERYWHERE)

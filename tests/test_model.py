@@ -25,6 +25,7 @@ from model import (
     ModelConfig,
     apply_rope,
     attention_over_documents,
+    attention_over_keys,
     from_hf,
     load_model,
     read_config,
@@ -204,6 +205,34 @@ def test_sdpa_equals_textbook_over_documents():
     q, k, v = torch.randn(30, 6, 8), torch.randn(30, 2, 8), torch.randn(30, 2, 8)
     borders = cu(0, 1, 12, 30)
     close(attention_over_documents(q, k, v, borders, "sdpa"), attention_over_documents(q, k, v, borders, "textbook"), atol=1e-5)
+
+
+@pytest.mark.parametrize(("device", "kv_heads"), [("cpu", 2), ("meta", 6)])
+def test_shared_heads_are_spread_out_where_the_fused_kernel_does_not_know_them(monkeypatch, device, kv_heads):
+    """On CUDA only flash attention takes fewer key heads than query heads: with a mask, in fp32, or on a T4 PyTorch would turn
+    to separate operations, which keep the T x T scores of every head. Meta stands here for a GPU."""
+    given = []
+    fused = lambda q, k, v, mask, is_causal, enable_gqa: given.append((k.shape[1], v.shape[1], enable_gqa)) or q  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    q, k, v = (torch.randn(heads, 12, 8, device=device) for heads in (6, 2, 2))
+    attention_over_keys(q, k, v, "sdpa"), attention_over_keys(q[:, 9:], k, v, "sdpa")
+    assert given == [(kv_heads, kv_heads, kv_heads == 2)] * 2
+
+
+@torch.no_grad()
+def test_a_gpu_looks_at_few_lengths_of_the_cache_and_reads_the_same(tiny_llama, monkeypatch):
+    """Every length is a new shape, for which cuDNN makes a new plan on the host."""
+    model, tokens, logits, lengths = tiny_llama(), torch.arange(3, 90), [], [set(), set()]
+    fused = F.scaled_dot_product_attention
+    for multiple, seen in zip((1, 64), lengths, strict=True):
+        cache = KVCache(model.config, 80, "cpu", torch.float32)
+        cache.multiple = multiple
+        model(tokens[:5], cache=cache)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, m, s=seen: s.add(k.shape[2]) or fused(q, k, v, m))
+        logits.append(torch.cat([model(token[None], cache=cache) for token in tokens[5:80]]))
+        monkeypatch.undo()
+    assert lengths == [set(range(6, 81)), {64, 80}]
+    close(*logits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel is CUDA's")

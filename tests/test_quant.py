@@ -1,5 +1,6 @@
 """quant.py: NF4 as published and as bitsandbytes stores it, and linears that give exactly what their packed weight says."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from conftest import load
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as generate_script
+import quant
 from data import TEMPLATES, PackedBatches, Tokenizer, encode_documents
 from generate import GenerateConfig, Sampling, generate
 from lora import LoRALinear, add_lora, lora_parameters, merge_lora
@@ -25,6 +28,7 @@ from quant import (
     AdamW8bit,
     Int8Linear,
     NF4Linear,
+    PackedNF4,
     QuantError,
     adamw_op,
     adamw_plain,
@@ -33,6 +37,7 @@ from quant import (
     dequantize_op,
     dequantize_plain,
     dequantize_triton,
+    linear_plain,
     matvec_triton,
     nearest_level,
     nf4_linear_op,
@@ -377,6 +382,55 @@ def test_the_operators_tell_fake_tensors_what_real_ones_do(double_quant):
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(dequantize_op, (*parts, torch.bfloat16), test_utils=checks)
     torch.library.opcheck(nf4_linear_op, (torch.randn(3, 64), *parts), test_utils=checks)
+
+
+class FromTheHost(TorchDispatchMode):
+    """Counts the copies from the host's memory to the meta device, which stands here for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.count += op is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.is_meta
+        return out
+
+
+def test_tables_of_levels_reach_a_gpu_once():
+    """A CUDA graph cannot record a copy from the host's memory, and the plain lines are in it for rows that the kernel cannot
+    read, such as those of 192 numbers in tiny/."""
+    quant.on_device.cache_clear()
+    packed = PackedNF4(*(x.to("meta") for x in quantize_nf4(torch.randn(8, 192))[:4]), (8, 192))
+    with FromTheHost() as first:
+        linear_plain(torch.randn(1, 192, device="meta"), packed)
+    with FromTheHost() as later:
+        for of in (packed, packed._replace(shape=(12, 128))):
+            linear_plain(torch.randn(1, of.shape[1], device="meta"), of)
+            dequantize_plain(of, torch.bfloat16)
+    assert (first.count, later.count) == (2, 0)  # the pairs of levels, and those of double quantisation
+
+
+@KERNEL
+def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
+    """Triton takes the current GPU, which need not be the one of the tensors."""
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(list(current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("dequantize_kernel", "matvec_kernel", "adamw_kernel"):
+        monkeypatch.setattr(quant, name, Kernel())
+    packed = quantize_nf4(torch.randn(16, 256))
+    dequantize_triton(packed, torch.float32), matvec_triton(torch.randn(1, 256), packed)
+    adamw_triton(*torch.randn(2, 4096), *torch.zeros(2, 4096, dtype=torch.uint8), *torch.zeros(2, 16), [0.1] * 6, 1)
+    assert launched == [[torch.device("cpu")]] * 3
 
 
 def test_rows_in_another_order_are_the_same_rows_to_the_bit():
