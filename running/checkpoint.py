@@ -113,7 +113,7 @@ FORMAT = 1  # of a checkpoint's folder
 def suffix(weight: torch.Tensor, state: torch.Tensor) -> str:
     """What names a rank's own state of a weight in shards: 8-bit moments, whose blocks of 256 are those of this very shard."""
     alone = isinstance(weight, DTensor) and not isinstance(state, DTensor) and state.dim()
-    return f".{dist.get_rank()}of{dist.get_world_size()}" if alone else ""
+    return f".{dist.get_rank()}of{'x'.join(map(str, weight.device_mesh.shape))}" if alone else ""  # of4; with --hsdp 2, of2x2
 
 
 def tensors_of(model: nn.Module, optimizer=None) -> dict[str, torch.Tensor]:
@@ -184,7 +184,9 @@ def restore(folder: Path, model: nn.Module, optimizer, workers) -> None:
         make_state(model, optimizer)
     tensors, reader = tensors_of(model, optimizer), FileSystemReader(folder)
     if tensors.keys() - reader.read_metadata().state_dict_metadata.keys():
-        raise RunError(f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp as before")
+        raise RunError(
+            f"{folder} has its 8-bit moments in other shards: resume it on as many processes, --fsdp, --hsdp as before"
+        )
     dcp.load(tensors, storage_reader=reader, no_dist=workers.world == 1)
 
 

@@ -37,6 +37,7 @@ def check(config) -> None:
         ),
         (c.cpu_offload and not c.fsdp, "--cpu_offload is a part of --fsdp True"),
         (c.hsdp and not c.fsdp, "--hsdp is a part of --fsdp True"),
+        (c.hsdp == 1, "--hsdp 1 gives every process a whole copy, which is a run without --fsdp"),
         (
             in_backward and (c.gradient_accumulation_steps > 1 or c.max_grad_norm or c.dtype == "fp16"),
             "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.staging import DefaultStager
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train as train_script
 from data import TEMPLATES, DataError, PackedBatches, encode_documents
@@ -547,6 +549,20 @@ def test_8_bit_moments_of_shards_give_nearly_the_run_of_one_and_resume_to_the_bi
     assert log_of(base / "two") == sharded
 
 
+def test_8_bit_moments_of_four_shards_and_of_two_copies_of_two_have_other_names():
+    """They had the same and other sizes: resumed with another --hsdp, every rank ended in a traceback, not in one sentence."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        moment, names = torch.zeros(3), set()
+        for shape in ((4,), (2, 2), (1, 4)):
+            mesh = dist.init_device_mesh("cpu", shape)
+            weight = DTensor.from_local(moment, mesh, [Replicate()] * (len(shape) - 1) + [Shard(0)], run_check=False)
+            names.add(checkpoint_script.suffix(weight, moment))
+    finally:
+        dist.destroy_process_group()
+    assert names == {".1of4", ".1of2x2", ".1of1x4"}
+
+
 EVERY_WEIGHT = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -738,6 +754,7 @@ def test_the_optimizer_in_backward_of_shards_gives_the_run_of_one(base):
     [
         ({"cpu_offload": True}, "--cpu_offload is a part of --fsdp True"),
         ({"hsdp": 2}, "--hsdp is a part of --fsdp True"),
+        ({"hsdp": 1, "fsdp": True}, "--hsdp 1 gives every process a whole copy, which is a run without --fsdp"),
         ({"optimizer_in_backward": True}, "never has the whole gradient: it needs --max_grad_norm 0"),
         ({"optimizer_in_backward": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2}, "never has the whole gradient"),
     ],
