@@ -74,8 +74,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    C, F, V, L, b, s = (known[letter] for letter in "CFVLbs")
-    terms, kept_in, reduced = {}, *((2, "(4 + 2)") if flags.pure_bf16 else (4, "4"))  # bytes; FSDP sums gradients in fp32
+    L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
+    terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
         size, text = max((round(eval(text, {}, known)), text) for text in moments)
@@ -87,17 +87,16 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
     added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
-    if not within:
-        term("gradients", f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g")
-    elif flags.fsdp:  # of a time a block's, or of what is in no block
-        term("gradients", f"B / P * {kept_in} / 4", f"(M - L * B / 4 / P) * {kept_in}")
-    elif full:  # one matrix's
-        term("gradients", "V * C * g", "C * F * g")
-    else:  # one of an adapter's two; the head's are made together
-        widest = max(
-            (sum if name == "output" else max)(shape) for name, shape in (inside | outer(sizes)).items() if name in moved
-        )
-        term("gradients", f"r * {widest} * 4")
+    # One of a time: a matrix's, both of the head's adapter; in shards a block's, or those of what is in no block.
+    one = (
+        [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
+        if not full
+        else ["V * C * g", "F * C * g"]
+    )
+    if flags.fsdp:
+        one = [f"B / P * {kept_in} / 4", f"(M - L * B / P / 4) * {kept_in}"]
+    every = f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g"
+    term("gradients", *(one if within else [every]))
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
@@ -113,7 +112,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
     attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
-        scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"  # at work: input in 16 bits, in fp32, result
+        # Forward, at work: softmax's input in 16 bits and in fp32, its result; with masters the norm's copies are there.
+        scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"
         attention = f"T * {3 + ('wo' in moved)} * C * b + H * T * T * {6 if half else 4} + T * T"
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
@@ -123,7 +123,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     copies = " + W * 2" * masters  # of the weights, by autocast
     kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
-    of_none = f" - T * C * {'s' if gpu else 4}" + f" - r * C * {len(moved & {'wq', 'wk', 'wv'})} * 2" * half  # A serves that only
+    reads, of_none = moved & {"wq", "wk", "wv"}, f" - T * C * {s if gpu else 4}"
+    if not reads and "wo" not in moved:  # nor does the second norm's input, nor attention
+        reads, of_none = moved & {"w1", "w3"}, f"{of_none} * 2 - ({attention})"
+    of_none += f" - r * C * {len(reads)} * 2" * half  # A serves that only
     term("activations, first layer", kept + of_none * made_by_nothing_trained)
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
@@ -156,32 +159,26 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
     # feed-forward layer's width, and a weight's gradient or a weight turned back.
     stay = flags.fsdp or not (buckets or within or added)  # gradients, to the block's end; else each goes at once,
-    sign = " + " if stay else " - "  # and with DDP takes along what earlier rows had added up
-    other = stay or (buckets and added)
+    sign = " + " if stay else " - " * (buckets and added)  # and with DDP takes along what earlier rows had added up
     if full:
-        rises = ["2 * T * F * b" + f"{sign}C * F * g" * other + " - C * F * 2" * masters]
-        rises += ["T * F * b + C * F * b"] * (not stay)
-        if masters and not stay:
-            rises += ["T * F * b + C * F * b + T * C * b", "C * F * 4"]
-        if within and not flags.fsdp:
-            rises.append("C * F * b")
+        rises = ["2 * T * F * b" + f"{sign}C * F * g" * bool(sign) + " - C * F * 2" * masters]
+        if not stay:
+            rises += ["T * F * b + C * F * b" + " + T * C * b" * masters, "C * F * 4" if masters else "0"]
     else:
         rises = ["3 * T * F * b"]
         if "w2" in moved:  # of its adapter A's gradient is not yet fp32, and B's 16 bits are no longer needed
-            rises = ["2 * T * F * b + r * F * b" + f"{sign}r * C * 4" * other + " - r * C * 2" * half]
+            rises = ["2 * T * F * b + r * F * b" + f"{sign}r * C * 4" * bool(sign) + " - r * C * 2" * half]
         if flags.quantize != "none":
             rises += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
-            if stay and {"w1", "w2", "w3"} <= moved:  # the last of the three turned back, when all their adapters have gradients
-                rises.append(f"C * F * b + 2 * T * (C - F - r) * b + r * (2 * C + 3 * F) * {2 if half else 4}")
     # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
     # While attention is at work: the result of the first norm, gradients of what is behind, 16-bit copies of wq, wk, wv.
     late, left = moved & {"wq", "wk", "wv"}, []
     here = (6 if masters else b * bool(full or late)) + (0 if gpu else 4 * (half + full))  # bytes a number, as in `norms`
     now, then = (sum(sum(inside[x]) for x in names) for names in (moved & inside.keys() - late, late))  # width of adapters
     if full:
-        others = f"{sign}(W - C * C - 2 * C * K) * g" * other
+        others = f"{sign}(W - C * C - 2 * C * K) * g" * bool(sign)
     else:
-        others = f"{sign}r * {now} * 4" * other + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
+        others = f"{sign}r * {now} * 4" * bool(sign) + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
     late_copies = " + (C * C + 2 * C * K) * 2" * masters
     if flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
         work = f"H * T * T * 12 + T * T + T * C * {3 * b + here}{late_copies}"
@@ -224,11 +221,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
             stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
         ]
-        if full:  # at last what is in no block: copied to be reduced in fp32; reduced, and rounded, the head's still there
-            blocks = stays + ("gradients" if earlier else f"L * {made}")
-            moments += [f"{blocks} + 2 * V * C * (4 + g)", f"{blocks} + 2 * V * C * (4 + {reduced} / P) + V * C * g"]
-        else:
-            moments.append(stays + "gradients")
+        # At last what is in no block: copied to be reduced in fp32; reduced, and rounded to what is kept, the head's still there.
+        blocks = stays + ("gradients" if earlier else f"L * {made}") + " + 2 * V * C * "
+        moments += [f"{blocks}(4 + g)", f"{blocks}(4 + {4 if kept_in == 4 else 4 + kept_in} / P) + V * C * g"] * full
     else:
         head = earlier or " + V * C * g" * (full and not within)  # the head's gradient, or those of the rows before
         if buckets:  # which has its place, and with it goes that of the rows before
@@ -238,18 +233,22 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + activations + head + backward,
             always + ("N * g" if buckets else "gradients"),
         ]
-        if flags.attention == "textbook":  # the last block, forward; where an earlier row has made all gradients but the last
+        if flags.attention == "textbook":  # the last block, forward
             moments.append(f"{stays}{first} + activations_middle_layers + T * C * s + {scores}{earlier}")
-            if full and buckets and added:
-                moments.append(f"{stays}T * C * s{f' + {first}' * again} + {work} - (V * C + C * C + 2 * C * K) * g")
+        if full and buckets and added and gpu and half:  # A row before the last: from the second on all gradients are there, the
+            before = (
+                f"{stays}T * C * s + {work}"  # first has made them all when its first block is at work, but for what follows.
+            )
+            if flags.gradient_accumulation_steps > 2:
+                moments.append(f"{before} + {activations if again else f'{first} + activations_middle_layers'}")
+            moments.append(f"{before}{f' + {first}' * again} - (V * C + C * C + 2 * C * K) * g")
         if full and within:
             moments.append(stays + "gradients + T * C * s")
         elif not (within or (buckets and added)):
-            last = "(W + V * C) * g" if full else f"r * {sum(sum((inside | outer(sizes))[x]) for x in moved - {'output'})} * 4"
+            last = "(W + V * C) * g" if full else f"r * {sum(sum(shapes[x]) for x in moved - {'output'})} * 4"
             made = "0" if buckets else f"gradients - {last}"
             moments.append(stays + f"{made} + {first}" + backward)
-        if full and not (within or (buckets and added)):
-            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
+            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * (full and (added or buckets)))
     term("allocated peak", *moments)
     if flags.cpu_offload:
         terms = {name: term for name, term in terms.items() if name not in KEPT}
