@@ -269,7 +269,8 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        terms["gradients"] = max(phase.most["gradients"] for phase in phases.values())
+        moment = "end" if "optimizer" in phases else "most"  # within backward no phase ends with one
+        terms["gradients"] = max(getattr(phase, moment)["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     for kind in SENT:
         if most := max(phase.most[kind] for phase in phases.values() if phase.layer is not None):
