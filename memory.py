@@ -225,7 +225,7 @@ class Phase:
     peak: Counter
     end: Counter
     busiest: Counter  # the peak, but for what FSDP sends and receives meanwhile
-    sent: Counter  # the most of each kind of that
+    most: Counter  # of each kind of that, and of gradients
 
     @property
     def layer(self) -> int | None:
@@ -285,8 +285,8 @@ def timeline(diary: list[tuple], gpu=None) -> Timeline:
         live[kind] += what * size
         total += what * size
         mine += what * size * (kind not in SENT)
-        if kind in SENT:
-            phases[-1].sent |= Counter({kind: live[kind]})
+        if kind in (*SENT, "gradients"):
+            phases[-1].most |= Counter({kind: live[kind]})
         if allocator:
             allocator.allocate(block) if what == 1 else allocator.free(block)
             if total > peak:

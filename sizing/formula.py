@@ -74,7 +74,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    C, F, V, L, b, s = (known[letter] for letter in "CFVLbs")
+    L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
     terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
@@ -87,9 +87,16 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
     term("adapters", "0" if full else f"{mine} * 4")
     added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
-    one = f"{max(V * C, C * F)} * g" if full and not flags.fsdp else "0"  # of a time: the others' are small, or gone by the peaks
-    every = "2 * N * g" if buckets and added else "N * g"
-    term("gradients", one if within else f"{mine} * {kept_in}" if flags.fsdp else every)
+    # One of a time: a matrix's, both of the head's adapter; in shards a block's, or those of what is in no block.
+    one = (
+        [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
+        if not full
+        else ["V * C * g", "F * C * g"]
+    )
+    if flags.fsdp:
+        one = [f"B / P * {kept_in} / 4", f"(M - L * B / P / 4) * {kept_in}"]
+    every = f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g"
+    term("gradients", *(one if within else [every]))
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
@@ -105,6 +112,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
     attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
+        # Forward, at work: softmax's input in 16 bits and in fp32, its result; with masters the norm's copies are there.
+        scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"
         attention = f"T * {3 + ('wo' in moved)} * C * b + H * T * T * {6 if half else 4} + T * T"
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
@@ -114,7 +123,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     copies = " + W * 2" * masters  # of the weights, by autocast
     kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
-    of_none = f" - T * C * {'s' if gpu else 4}" + f" - r * C * {len(moved & {'wq', 'wk', 'wv'})} * 2" * half  # A serves that only
+    reads, of_none = moved & {"wq", "wk", "wv"}, f" - T * C * {s if gpu else 4}"
+    if not reads and "wo" not in moved:  # nor does the second norm's input, nor attention
+        reads, of_none = moved & {"w1", "w3"}, f"{of_none} * 2 - ({attention})"
+    of_none += f" - r * C * {len(reads)} * 2" * half  # A serves that only
     term("activations, first layer", kept + of_none * made_by_nothing_trained)
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
@@ -127,8 +139,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
         held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}"
     moments = [f"8 * n * V + {3 if 'output' in moved else 1} * n * C * s"]  # with an adapter: its part, the head's, their sum
-    if half:
-        moments = ["10 * n * V"]
+    if half:  # in an adapter's gradient, which is rounded to 16 bits and not yet added: no more than two of n x V
+        moments = ["10 * n * V"] + ["8 * n * V + r * V * 4"] * ("output" in moved)
     if masters:
         moments = [f"8 * n * V + {6 + 4 * several} * V * C + n * C * 8"]
     elif full:
@@ -138,21 +150,24 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     moments += [apart + " + V * C * g" * (full and not (within or buckets))] * (not gpu)
     if full and within and not flags.fsdp:  # the head is stepped
         moments.append(f"V * C * g + T * C * s{kept}")
+    # This GPU's part of a block, when its weights are not what is gathered: FSDP rounds it, or brings it from the host.
+    passing = flags.fsdp and (flags.cpu_offload or (full and half and kept_in == 4))
+    if passing:  # the last block's, for backward
+        moments.append("G / P + T * C * s" + " + V * C * g" * full)
     term("logits and loss", *moments)
 
     # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
     # feed-forward layer's width, and a weight's gradient or a weight turned back.
-    stay = flags.fsdp or not (buckets or within or added)  # gradients, to the block's end; else each goes at once
+    stay = flags.fsdp or not (buckets or within or added)  # gradients, to the block's end; else each goes at once,
+    sign = " + " if stay else " - " * (buckets and added)  # and with DDP takes along what earlier rows had added up
     if full:
-        rises = ["2 * T * F * b + C * F * b"] if stay else ["2 * T * F * b", "T * F * b + C * F * b"]
-        if masters and not stay:
-            rises += ["T * F * b + C * F * b + T * C * b", "C * F * 4 + T * C * 2"]
-        if within and not flags.fsdp:
-            rises.append("C * F * b")
+        rises = ["2 * T * F * b" + f"{sign}C * F * g" * bool(sign) + " - C * F * 2" * masters]
+        if not stay:
+            rises += ["T * F * b + C * F * b" + " + T * C * b" * masters, "C * F * 4" if masters else "0"]
     else:
         rises = ["3 * T * F * b"]
-        if "w2" in moved:  # its adapter's gradients are not yet fp32
-            rises = ["2 * T * F * b" + " + r * (C + F) * 2" * half]
+        if "w2" in moved:  # of its adapter A's gradient is not yet fp32, and B's 16 bits are no longer needed
+            rises = ["2 * T * F * b + r * F * b" + f"{sign}r * C * 4" * bool(sign) + " - r * C * 2" * half]
         if flags.quantize != "none":
             rises += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
     # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
@@ -161,21 +176,26 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     here = (6 if masters else b * bool(full or late)) + (0 if gpu else 4 * (half + full))  # bytes a number, as in `norms`
     now, then = (sum(sum(inside[x]) for x in names) for names in (moved & inside.keys() - late, late))  # width of adapters
     if full:
-        others = " + (W - C * C - 2 * C * K) * g" * stay + " + (C * C + 2 * C * K) * 2" * masters
+        others = f"{sign}(W - C * C - 2 * C * K) * g" * bool(sign)
     else:
-        others = f" + r * {now} * 4" * stay + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
+        others = f"{sign}r * {now} * 4" * bool(sign) + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
+    late_copies = " + (C * C + 2 * C * K) * 2" * masters
     if flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
-        left.append(f"H * T * T * 12 + T * T + T * C * {3 * b + here}{others}")
+        work = f"H * T * T * 12 + T * T + T * C * {3 * b + here}{late_copies}"
+        left += [work + others] + [scores] * again
     elif gpu and half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
-        left.append(f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{others}")
+        work = f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{late_copies}"
+        left.append(work + others)
     if masters and stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second norm
-        between = f"T * C * {here + 8 + 4 * (not gpu)}"  # has its input, and its result's gradient.
+        between = f"T * C * {here + 8}"  # has its input, and its result's gradient.
         left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention} + {between}")
     elif full and not gpu:  # the second norm's backward, where the first still has its tensors and both their inputs
         left.append(f"{'3 * C * F * g + ' * stay}{attention} + {apart} + T * C * (8 + 2 * b)")
     if full and stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
         left.append("W * 4 + C * C * 2 + T * C * 4" if masters else "W * g + T * C * 4 * b")
         left += [f"W * g + {apart}"] * (not gpu)
+    if passing:  # the next one's
+        (left if again else rises).append("G / P")
     kept = f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)}"  # but for its result, which the loss is done with
     if again:  # the block once more
         term("a block's backward", *(f"{kept} + {text}" for text in rises), *left)
@@ -192,7 +212,6 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     earlier = " + gradients" * (added and not buckets)  # of the rows before
     backward = " + a_block_backward + T * C * s"
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
-        extra = 4 if flags.cpu_offload else 4 - kept_in  # of a reduced gradient, beyond what `gradients` counts
         made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
         moments = [
             stays + "2 * G + 2 * R + T * C * s" + earlier,  # the first block; the last
@@ -201,21 +220,35 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             stays + activations + earlier + head + backward + " + 2 * G + R",
             stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
             stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
-            # What is in no block, reduced at last in fp32.
-            stays + ("gradients", "2 * V * C / P * g")[full and within] + f" + 2 * V * C * (g + 4 + {extra} / P)" * full,
         ]
+        # At last what is in no block: copied to be reduced in fp32; reduced, and rounded to what is kept, the head's still there.
+        blocks = stays + ("gradients" if earlier else f"L * {made}") + " + 2 * V * C * "
+        moments += [f"{blocks}(4 + g)", f"{blocks}(4 + {4 if kept_in == 4 else 4 + kept_in} / P) + V * C * g"] * full
     else:
+        head = earlier or " + V * C * g" * (full and not within)  # the head's gradient, or those of the rows before
+        if buckets:  # which has its place, and with it goes that of the rows before
+            head = " - V * C * g" * (full and added)
         moments = [
             stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
-            stays + activations + (earlier or " + V * C * g" * (full and not buckets and not within)) + backward,
+            stays + activations + head + backward,
             always + ("N * g" if buckets else "gradients"),
         ]
+        if flags.attention == "textbook":  # the last block, forward
+            moments.append(f"{stays}{first} + activations_middle_layers + T * C * s + {scores}{earlier}")
+        if full and buckets and added and gpu and half:  # A row before the last: from the second on all gradients are there, the
+            before = (
+                f"{stays}T * C * s + {work}"  # first has made them all when its first block is at work, but for what follows.
+            )
+            if flags.gradient_accumulation_steps > 2:
+                moments.append(f"{before} + {activations if again else f'{first} + activations_middle_layers'}")
+            moments.append(f"{before}{f' + {first}' * again} - (V * C + C * C + 2 * C * K) * g")
         if full and within:
             moments.append(stays + "gradients + T * C * s")
-        elif full:
-            made = "0" if buckets else "gradients - (W + V * C) * g"
+        elif not (within or (buckets and added)):
+            last = "(W + V * C) * g" if full else f"r * {sum(sum(shapes[x]) for x in moved - {'output'})} * 4"
+            made = "0" if buckets else f"gradients - {last}"
             moments.append(stays + f"{made} + {first}" + backward)
-            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * bool(earlier or buckets))
+            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * (full and (added or buckets)))
     term("allocated peak", *moments)
     if flags.cpu_offload:
         terms = {name: term for name, term in terms.items() if name not in KEPT}
@@ -236,11 +269,11 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         terms["in the host's memory"] = line.host
     elif "weights" in top:
         terms |= {kind: top[kind] for kind in ("weights", "adapters")}
-        moment = "end" if "optimizer" in phases else "peak"  # within backward no phase ends with one
+        moment = "end" if "optimizer" in phases else "most"  # within backward no phase ends with one
         terms["gradients"] = max(getattr(phase, moment)["gradients"] for phase in phases.values())
         terms["optimizer state"] = phases["between steps"].end["optimizer state"]
     for kind in SENT:
-        if most := max(phase.sent[kind] for phase in phases.values() if phase.layer is not None):
+        if most := max(phase.most[kind] for phase in phases.values() if phase.layer is not None):
             terms[kind] = most
     return terms | {
         "activations, first layer": phases["forward 0"].kept,

@@ -283,6 +283,7 @@ def test_what_waits_in_the_hosts_memory_is_not_on_the_gpu():
 
 TEXTBOOK = {"attention": "textbook"}
 SHARDS = {"fsdp": True}
+ROWS = {"gradient_accumulation_steps": 2}
 OUTER = {"lora_targets": ("wq", "tok_embeddings", "output"), "lora_rank": 64}
 COMPARED = [  # preset, flags, tokens, processes
     ("7b", {}, 2048, 1),
@@ -293,7 +294,13 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", {"quantize": "int8"} | AGAIN, 2048, 1),
     ("1b", OUTER, 512, 1),
     ("1b", {"dtype": "fp32"}, 1024, 1),
-    ("1b", {"gradient_accumulation_steps": 2}, 1024, 1),
+    ("1b", ROWS, 1024, 1),
+    ("1b", ROWS | {"lora_rank": 256}, 1024, 2),  # the second row's gradients are added and go one by one
+    ("1b", ROWS | FULL, 4096, 1),
+    ("1b", {"lora_targets": ("w1", "w2", "w3")}, 2048, 1),  # attention keeps nothing in the first layer
+    ("7b", {"lora_targets": ("all-linear", "output"), "lora_rank": 256}, 1024, 1),
+    ("13b", {"quantize": "int8", "lora_rank": 256, "optim": "adamw_8bit"} | AGAIN, 1024, 1),  # the peak is at the first layer
+    ("1b", OUTER | WITHIN, 1024, 1),
     ("1b", {"lora_targets": ("wq", "wv"), "lora_rank": 64}, 2048, 1),
     ("125m", OUTER | {"dtype": "fp32"}, 512, 1),
     ("125m", OUTER, 256, 1),  # one chunk of the loss
@@ -324,7 +331,14 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", PURE | AGAIN | WITHIN | SHARDS, 2048, 8),
     ("1b", FULL | AGAIN, 2048, 4),
     ("7b", PURE, 512, 2),
-    ("1b", PURE | AGAIN | {"gradient_accumulation_steps": 2}, 1024, 2),
+    ("1b", PURE | AGAIN | ROWS, 1024, 2),
+    ("70b", PURE | AGAIN | ROWS | TEXTBOOK, 2048, 2),  # the peak is in forward
+    ("70b", PURE | AGAIN | ROWS | TEXTBOOK, 8192, 2),  # in the first row's backward
+    ("70b", FULL | AGAIN | {"gradient_accumulation_steps": 3} | TEXTBOOK, 4096, 4),  # in the second's
+    ("125m", FULL | SHARDS, 256, 8),  # where what is in no block is reduced
+    ("7b", FULL | SHARDS | {"optim": "adamw_8bit"}, 256, 8),  # the loss: a block's part is rounded
+    ("1b", SHARDS | {"lora_rank": 256, "cpu_offload": True}, 256, 2),  # a block's part is brought from the host
+    ("1b", PURE | WITHIN | SHARDS, 512, 3),
 ]
 
 
@@ -354,9 +368,9 @@ BF16 = {"dtype": "bf16"}
 ON_A_CPU = [{}, AGAIN, FULL, FULL | AGAIN, FULL | WITHIN, QLORA, BF16 | AGAIN, BF16 | PURE | AGAIN, BF16 | PURE | WITHIN]
 
 
-@pytest.mark.parametrize("flags", ON_A_CPU)
-def test_every_term_of_the_formula_is_what_is_counted_on_a_cpu_within_a_hundredth(flags):
-    sizes = replace(PRESETS["125m"], n_layers=3)
+@pytest.mark.parametrize(("preset", "flags"), [*(("125m", flags) for flags in ON_A_CPU), ("1b", BF16 | FULL)])
+def test_every_term_of_the_formula_is_what_is_counted_on_a_cpu_within_a_hundredth(preset, flags):
+    sizes = replace(PRESETS[preset], n_layers=3)
     run = rehearsal({"dtype": "fp32"} | flags, sizes, 512)
     agree(formula(sizes, run.config), simulated(predict(run), sizes.n_layers))
 
