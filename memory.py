@@ -225,7 +225,7 @@ class Phase:
     peak: Counter
     end: Counter
     busiest: Counter  # the peak, but for what FSDP sends and receives meanwhile
-    most: Counter  # of each kind of that, and of gradients
+    most: Counter  # the most of each kind of that, and of gradients
 
     @property
     def layer(self) -> int | None:

@@ -88,13 +88,12 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("adapters", "0" if full else f"{mine} * 4")
     added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
     # One of a time: a matrix's, both of the head's adapter; in shards a block's, or those of what is in no block.
-    one = (
-        [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
-        if not full
-        else ["V * C * g", "F * C * g"]
-    )
     if flags.fsdp:
         one = [f"B / P * {kept_in} / 4", f"(M - L * B / P / 4) * {kept_in}"]
+    elif full:
+        one = ["V * C * g", "F * C * g"]
+    else:
+        one = [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
     every = f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g"
     term("gradients", *(one if within else [every]))
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
@@ -235,10 +234,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         ]
         if flags.attention == "textbook":  # the last block, forward
             moments.append(f"{stays}{first} + activations_middle_layers + T * C * s + {scores}{earlier}")
-        if full and buckets and added and gpu and half:  # A row before the last: from the second on all gradients are there, the
-            before = (
-                f"{stays}T * C * s + {work}"  # first has made them all when its first block is at work, but for what follows.
-            )
+        # A row before the last: from the second on all gradients are there; the first has made them, but for what follows, when
+        # its first block is at work.
+        if full and buckets and added and gpu and half:
+            before = f"{stays}T * C * s + {work}"
             if flags.gradient_accumulation_steps > 2:
                 moments.append(f"{before} + {activations if again else f'{first} + activations_middle_layers'}")
             moments.append(f"{before}{f' + {first}' * again} - (V * C + C * C + 2 * C * K) * g")
