@@ -1,7 +1,7 @@
 """A model as a CPU answers faster with, and no longer one to train or to save.
 
-A CPU makes a token as fast as it reads every weight once, so the order in which they lie in memory decides. Beside that it
-has a hundred small operations a block, which take longer to begin than to do: the fewer the better.
+A CPU makes a token as fast as it reads every weight once, so the order in which they lie in memory decides. Beside that a
+block has dozens of small operations, which take longer to begin than to do: the fewer the better.
 """
 
 import math

@@ -290,7 +290,7 @@ def test_the_adamw_kernel_steps_as_the_plain_lines_do(n):
         grad = torch.randn(n) * torch.rand(n) ** 3
         if GPU:
             ours = [x.cuda() for x in ours]
-        adamw_triton(*ours[:1], grad.to(ours[0].device), *ours[1:], adamw_numbers(step), step)
+        adamw_triton(ours[0], grad.to(ours[0].device), *ours[1:], adamw_numbers(step), step)
         ours = [x.cpu() for x in ours]
         adamw_plain(plain[0], grad, *plain[1:], numbers=adamw_numbers(step), random=None)
     assert (plain[0] - before).abs().max() > 0.03
