@@ -10,12 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from data import DataError, Template, Tokenizer, load_template
 from generate import TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
 from lora import load_adapter
 from model import Llama, from_hf, load_model, read_config
 from quant import QUANTIZERS
-from talking.cpu import CPULinear, order_for_cpu
+from talking.cpu import CPULinear, order_for_cpu, outgrows_cache
 
 
 def _read_json(path: Path) -> dict:
@@ -49,6 +51,8 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
             )
     device = pick_device(config.device)
     dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
+    if answering and config.dtype == "auto" and CPULinear.helps(device, torch.bfloat16) and outgrows_cache(read_config(base)):
+        dtype = torch.bfloat16
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
     if answering:

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 import generate as generate_module
 from data import TEMPLATES, DataError, Template, encode_dialog
 from generate import (
+    TINY,
     GenerateConfig,
     Sampling,
     answers,
@@ -28,9 +29,11 @@ from generate import (
     text_stream,
 )
 from lora import LoRAError, add_lora, load_adapter
-from model import CheckpointError, Llama, ModelConfig, RMSNorm, from_hf, load_model, random_model, save_hf
+from model import PRESETS, CheckpointError, Llama, ModelConfig, RMSNorm, from_hf, load_model, random_model, read_config, save_hf
 from quant import Int8Linear, NF4Linear
-from talking.cpu import CPULinear, CPUNorm, order_for_cpu
+from talking import cpu, voices
+from talking.cpu import CPUNF4, CPULinear, CPUNorm, order_for_cpu, outgrows_cache
+from talking.voices import load_voices
 from weights.chat import write_chat_template
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +253,54 @@ def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama)
         assert all(torch.equal(model.get_parameter(name).to_dense(), weight) for name, weight in kept.items() if weight.dim() > 1)
     assert say(model, PROMPT, 4) == said
     assert not CPULinear.helps(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.live
+def test_an_nf4_weight_handed_to_bitsandbytes_multiplies_the_same_a_row_at_a_time():
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear, x = NF4Linear(torch.randn(96, 320)), torch.randn(40, 320).bfloat16()
+    if not CPUNF4.helps(linear, torch.bfloat16):
+        pytest.skip("this CPU has no AVX-512 for bf16")
+    assert not CPUNF4.helps(linear, torch.float32) and not CPUNF4.helps(NF4Linear(torch.randn(72, 320)), torch.bfloat16)
+    handed = CPUNF4(linear)
+    assert sum(weight.nbytes for weight in handed.parameters()) == 96 * 320 / 2
+    with torch.no_grad():
+        out, exact = handed(x), x.double() @ linear.dequantize(torch.float32).double().T
+        assert (out - exact).norm() < 0.005 * exact.norm()  # bf16 rounds the result, and here the scales
+        assert torch.equal(out, torch.cat([handed(row[None]) for row in x]))
+
+
+@pytest.mark.live
+def test_a_model_in_nf4_answers_through_bitsandbytes_as_without(base, tiny_llama, request, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    if cpu.bitsandbytes() is None:
+        pytest.skip("this CPU has no AVX-512 for bf16")
+    save_hf(tiny_llama(vocab_size=340, dim=64, hidden_dim=160), base)
+    how = config(model=base, adapter=request.getfixturevalue("adapter"), dtype="bf16", quantize="nf4", compare=True)
+    through = [voice.model for voice in load_voices(how)]
+    monkeypatch.setattr(cpu, "bitsandbytes", lambda: None)
+    without = [voice.model for voice in load_voices(how)]
+    tokens, logits = torch.tensor(PROMPTS[3]), []
+    with torch.no_grad():
+        for ours, plain in zip(through, without, strict=True):
+            handed = {name for name, module in ours.named_modules() if isinstance(module, CPUNF4)}
+            packed = {name for name, module in plain.named_modules() if isinstance(module, NF4Linear)}
+            assert handed and handed == {name for name in packed if plain.get_submodule(name).in_features % 64 == 0}
+            logits.append(plain(tokens))
+            assert (ours(tokens) - logits[-1]).abs().max() < 0.05 * logits[-1].abs().max()
+    assert (logits[0] - logits[1]).abs().max() > 0.2 * logits[0].abs().max()  # the adapter speaks
+    assert through[0].layers[0].attention.wq.product.weight is through[1].layers[0].attention.wq.base.product.weight
+
+
+def test_a_cpu_answers_in_bf16_where_weights_outgrow_its_cache_and_nothing_else_is_asked(base, tmp_path, monkeypatch):
+    assert [outgrows_cache(size) for size in (read_config(TINY), PRESETS["125m"], PRESETS["1b"])] == [False, True, True]
+    asked = [{}, {"dtype": "fp32"}, {"merge": tmp_path / "out"}, {"save": tmp_path / "out"}]
+    assert {load(config(model=base, **how))[0].norm.weight.dtype for how in asked} == {torch.float32}
+    monkeypatch.setattr(voices, "outgrows_cache", lambda config: True)
+    dtypes = [load(config(model=base, **how))[0].norm.weight.dtype for how in asked]
+    fast = torch.bfloat16 if CPULinear.helps(torch.device("cpu"), torch.bfloat16) else torch.float32
+    assert dtypes == [fast] + [torch.float32] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
