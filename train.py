@@ -48,7 +48,7 @@ from quant import QUANTIZERS, AdamW8bit, NF4Linear
 from running.checkpoint import Saver
 from running.exam import Exam
 from running.folder import Log, alone_in, begin_folder, check_start, describe, finish_folder, finished, save_final
-from running.plan import make_plan
+from running.plan import beginning, make_plan
 from running.reading import Data, read_data
 from running.settings import RunError, check, completed
 from running.workers import NotFinite, Stopped, StopSignal, Workers, asking, packed_together, restarts, whole
@@ -348,10 +348,10 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
 
     # Begin, or go on where a checkpoint stands: beside weights and optimizer, `state` is all that the steps before have left.
     saver = Saver(config, model, optimizer, scaler, workers)
-    fresh = {"step": 0, "best": math.inf, "rows": [], "rows_per_step": config.gradient_accumulation_steps * workers.world}
+    fresh = beginning(config, data.batches, workers.world)
     state = saver.found() or fresh
     peak = peak_learning_rate(config, model.config.dim)
-    plan = make_plan(config, data.batches, state["rows_per_step"], peak, computed_in(config, device), workers)
+    plan = make_plan(config, data.batches, state, peak, computed_in(config, device), workers)
     workers.say(describe(config, model, data, plan, workers))
     exam = Exam(config, data, model, workers)
     before = exam.ask()
@@ -408,7 +408,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
     if text := memory.measured():
         workers.say(text)
     if config.load_best_model_at_end:
-        saver.load_best()
+        saver.load_best(state)
     save_final(config, model, data, plan.dtype, workers)
     workers.say(f"saved in {folder}, read back and compared")
     for row in exam.report(folder, before, exam.ask()):

@@ -14,6 +14,7 @@ copied, so that its next step may change the original; a thread then writes the 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -272,7 +273,9 @@ class Saver:
         if kind is None:  # or else the run ends for another reason, which is the one to be told
             self.wait()
 
-    def load_best(self) -> None:
+    def load_best(self, state: dict) -> None:
+        if state["best"] == math.inf:
+            return self.workers.say("no held-out loss was a number: the last weights are kept")
         best = read_state(self.folder / "best", self.model)
         restore(self.folder / "best", self.model, None, self.workers)
         about = f"their held-out loss of {best['best']:.4f} is the lowest"

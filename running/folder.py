@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import sys
@@ -118,7 +119,7 @@ def begin_folder(config, rows: list[dict], data: Data, plan, workers: Workers) -
         "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "overwrite")},
     }
     write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "log.jsonl", "".join(as_line(row) for row in rows))
 
 
 def finish_folder(folder: Path) -> None:
@@ -135,6 +136,12 @@ def finished(config) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def as_line(row: dict) -> str:
+    """A row of log.jsonl. JSON knows no infinity, which is a gradient's length where fp16 ran over: it becomes null."""
+    row = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(row) + "\n"
+
+
 class Log:
     """log.jsonl, to which `rows` are added as they come, and one line of progress: rewritten at every step in a terminal, written
     at every logged step into a file."""
@@ -149,7 +156,7 @@ class Log:
         self.rows.append(row)
         if self.workers.first:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_line(row))
 
     def step(self, step: int, tokens: int, seconds: float, **row) -> None:
         """Tell of a step that took so many seconds for so many tokens of all processes."""

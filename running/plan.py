@@ -2,8 +2,10 @@
 several processes equal to one."""
 
 import math
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from data import PackedBatches
@@ -37,7 +39,20 @@ class Plan:
         return RunError(f"{error} in step {step}{where}; the last checkpoint stands. {advice}")
 
 
-def make_plan(config, batches: PackedBatches, rows_per_step: int, peak: float, dtype: torch.dtype, workers: Workers) -> Plan:
+def beginning(config, batches: PackedBatches, world: int) -> dict:
+    """What a run's steps leave behind, beside weights and optimizer, before there has been one."""
+    lengths = zlib.crc32(np.asarray(batches.sizes, np.int64))  # of the documents: they decide which is learnt in which step
+    rows_per_step = config.gradient_accumulation_steps * world
+    return {"step": 0, "best": math.inf, "rows": [], "rows_per_step": rows_per_step, "lengths": lengths}
+
+
+def make_plan(config, batches: PackedBatches, state: dict, peak: float, dtype: torch.dtype, workers: Workers) -> Plan:
+    rows_per_step, lengths = state["rows_per_step"], beginning(config, batches, workers.world)["lengths"]
+    if state.get("lengths", lengths) != lengths:
+        raise RunError(
+            f"the run in {config.output_dir} began on other records than {', '.join(config.data)} gives now: "
+            "resume it with those, or begin anew with --overwrite"
+        )
     if rows_per_step % workers.world:
         raise RunError(
             f"a step of the run in {config.output_dir} has {rows_per_step} rows, which {workers.world} processes cannot share"

@@ -305,6 +305,17 @@ def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch, ba
     assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
 
 
+def test_where_no_held_out_loss_was_a_number_the_last_weights_are_kept(base, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "evaluate", lambda *_: math.nan)
+    run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, load_best_model_at_end=True)
+    assert "no held-out loss was a number: the last weights are kept" in capsys.readouterr().out
+    model = load_adapter(load_model(base / "base"), base / "run", partial(from_hf, config=load_model(base / "base").config))
+    last = saved(base / "run" / "checkpoint-6")["weights"]
+    assert all(torch.equal(weight, last[name]) for name, weight in model.named_parameters() if name in last)
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (base / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["eval_held_loss"] for row in rows if "eval_held_loss" in row] == [None] * 4
+
+
 def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
     words = "ferry nine dark Mira lives Oakford clocks mends returns leaves".split()
     records = [{"prompt": " ".join(words[: 1 + i % 7]) + "?", "response": " ".join(words[: i % 9 + 1])} for i in range(45)]
@@ -631,8 +642,9 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
 
 
 def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
+    rows = SimpleNamespace(sizes=[5] * 9)
     with pytest.raises(RunError, match="has 3 rows, which 2 processes cannot share"):
-        make_plan(complete(flags(base)), [None] * 9, 3, 1e-2, torch.float32, SimpleNamespace(world=2))
+        make_plan(complete(flags(base)), rows, {"rows_per_step": 3}, 1e-2, torch.float32, SimpleNamespace(world=2))
 
 
 def test_the_optimizer_in_backward_is_not_resumed_where_a_process_would_have_several_rows_of_a_step(base):
@@ -787,6 +799,17 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
         complete({"resume": True, "output_dir": str(base / "nowhere")})
     again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
     assert again.logging_steps == 3 and again.model_max_length == 64
+
+
+def test_a_run_is_not_resumed_on_other_records(base):
+    """Another record anywhere gives every document another place: some would be learnt twice and others never."""
+    whole, file = run(base), base / "data.jsonl"
+    records, resume = file.read_text(), {"resume": True, "output_dir": str(taken_back(base / "run", 4))}
+    file.write_text(records + '{"prompt": "Where?", "response": "Mira."}\n')
+    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now: resume it with those"):
+        train(complete(resume))
+    file.write_text(records)
+    assert losses(train(complete(resume))) == losses(whole)
 
 
 @pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON", "[1]"])
