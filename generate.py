@@ -19,7 +19,7 @@ import os
 import random
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Literal
@@ -64,6 +64,19 @@ class Sampling:
             raise DataError(
                 "--top_k, --top_p and --min_p choose among likely tokens, --temperature 0 always takes the likeliest: raise it"
             )
+
+    def numbers(self) -> tuple[float, ...]:
+        return self.repetition_penalty, self.temperature, self.top_p, self.min_p
+
+    def at_work(self) -> "Sampling":
+        """What a step is compiled for: which of the numbers do anything. Their values it is told when it runs."""
+        return replace(
+            self,
+            repetition_penalty=1.0 if self.repetition_penalty == 1 else 2.0,
+            temperature=1.0 if self.temperature else 0.0,
+            top_p=1.0 if self.top_p == 1 else 0.5,
+            min_p=0.5 if self.min_p else 0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,36 +126,37 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=None, numbers=None) -> torch.Tensor:
     """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,).
 
     seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
     where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
-    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order."""
+    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order.
+    numbers (4,): the values of these where `sampling` only says which are at work."""
     logits = logits.float()
+    by, temperature, top_p, min_p = sampling.numbers() if numbers is None else numbers
     if sampling.repetition_penalty != 1:
-        by = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits, ids = logits / sampling.temperature, None
+    logits, ids = logits / temperature, None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
     probs = logits.softmax(-1)
     if sampling.top_p < 1:  # a token stays while those likelier than it sum to less than top_p: the smallest set that reaches it
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     if sampling.min_p:
-        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     # Laid end to end the probabilities make a line; the token is the one on whose stretch the draw falls.
     line = probs.cumsum(-1)
     chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:])
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
-def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen) -> torch.Tensor:
+def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen, numbers) -> torch.Tensor:
     """One step: read the tokens of the stream, choose the next of each of its B documents (B,). Nothing changes but the cache:
     a CUDA graph is not made of a step that writes into a tensor whose address it does not know."""
-    return sample(model(tokens, borders, cache=cache), sampling, draws, seen)
+    return sample(model(tokens, borders, cache=cache), sampling, draws, seen, numbers)
 
 
 def compile_decoding(model: Llama) -> Llama:
@@ -204,7 +218,8 @@ def generate_batch(
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt] = True
     room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    step = getattr(model, "compiled_step", None)
+    step, kind = getattr(model, "compiled_step", None), sampling.at_work()
+    numbers = torch.tensor(sampling.numbers(), device=device)
     active = list(range(len(prompts)))  # whose sequence each row of the cache is
     with _cache(model, prompts, room, keep) as (cache, ids):
         unread = [prompts[0][len(ids) :], *prompts[1:]]
@@ -213,7 +228,7 @@ def generate_batch(
         ids += unread[0]
         for n in range(max(limits)):
             run = step if cache.static and n else next_tokens
-            tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
+            tokens = run(model, cache, tokens, borders, kind, draws[:, n].contiguous(), seen, numbers)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
             seen.scatter_(1, tokens[:, None], True)
             for index, token in zip(list(active), tokens.tolist(), strict=True):

@@ -226,6 +226,22 @@ def test_a_compiled_step_writes_into_nothing_but_the_cache(tiny_llama, monkeypat
     assert len(said) == 3 and written == {"unguarded"}
 
 
+def test_compiled_decoding_is_not_compiled_again_for_other_numbers_of_the_same_settings(tiny_llama, monkeypatch):
+    """torch.compile makes eight of a function and then runs it uncompiled: so many moves of a slider would have been all."""
+    model, counter = tiny_llama(), CompileCounter()
+    hows = [
+        {"temperature": 0.5 + n / 4, "top_p": 0.95 - n / 20, "min_p": n / 100, "repetition_penalty": 1.05 + n / 10}
+        for n in range(1, 12)
+    ]
+    plain = [together(model, PROMPTS[:2], 8, **how) for how in hows]
+    assert len({str(said) for said in plain}) > 6
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    compile_decoding(model)
+    assert [together(model, PROMPTS[:2], 8, **how) for how in hows] == plain
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("kind", [NF4Linear, Int8Linear, None])
 def test_compiled_decoding_is_one_graph_with_quantised_weights_and_adapters_too(monkeypatch, kind):
     torch.manual_seed(0)
