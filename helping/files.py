@@ -15,6 +15,15 @@ def readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, would survive the machine losing power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that the allocator had on CUDA; elsewhere the most that the process had, mapped files included."""
     if device.type == "cuda":

@@ -17,7 +17,6 @@ Every record is written or counted under the reason for which it is not.
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -294,8 +293,7 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     template = config.template and load_template(config.template)[0]
     evaluations = [parse_input(path)[0] for path in config.against]
     decides = dataclasses.replace(config, out=None, overwrite=False, n=1, plot=None, tokenizer=""), template, inputs
-    programs = inspect.getfile(Tokenizer), *sorted(Path(__file__).parent.glob("*.py"))
-    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations, *programs], tokenizer)
+    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations], tokenizer)
     if not work.is_dir():
         shutil.rmtree(home, ignore_errors=True)
         work.mkdir(parents=True)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -1034,6 +1035,30 @@ def test_where_files_cannot_be_locked_each_process_writes_for_itself(tokenizer, 
     assert sorted(os.listdir(tmp_path)) == ["key", "key.lock", "whole", "whole.lock"]
 
 
+def test_a_disk_that_is_full_is_told_and_leaves_no_tokens(tokenizer, tmp_path):
+    """NumPy's own tofile and save say nothing where small writes fail: the rest of the file would be missing, or zeros."""
+    dialogs, cache = [said(f"Who is {i}?", "Mira.") for i in range(600)], tmp_path / "cache" / "key"
+
+    def writing():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))  # no file can grow beyond 16 KB: these tokens take 50
+        with pytest.raises(DataError, match="cache cannot keep the tokens: File too large; XDG_CACHE_HOME names another place$"):
+            encode_documents(dialogs, tokenizer, TEMPLATES["plain"], max_length=99, cache=cache)
+
+    assert os.waitpid(process(writing), 0)[1] == 0
+    assert os.listdir(tmp_path / "cache") == ["key.lock"]
+
+
+def test_tokens_that_are_whole_are_read_where_nothing_can_be_written_and_others_ask_for_a_place(tokenizer, write, tmp_path):
+    how = {"max_length": 99, "cache": tmp_path / "key"}
+    encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], **how)
+    (tmp_path / "key.lock").unlink()
+    (tmp_path / "key.lock").mkdir()  # opening it fails, for root as well
+    assert encode_documents(None, tokenizer, TEMPLATES["plain"], **how)[1] == {"kept": 1}
+    how["cache"] = write("file", "") / "nanotune" / "key"
+    with pytest.raises(DataError, match="nanotune cannot keep the tokens: Not a directory; XDG_CACHE_HOME names another place"):
+        encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], **how)
+
+
 def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
@@ -1048,10 +1073,13 @@ def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenize
                 cache_folder([other], tokenizer, 1),
                 cache_folder([path], tokenizer, 2),
                 cache_folder([path] * 2, tokenizer, 1),
+                cache_folder([write("a.txt", GOOD)], tokenizer, 1),  # the same bytes, and each line raw text
             }
         )
-        == 4
+        == 5
     )
+    monkeypatch.setattr("preparing.cache.PROGRAMS", [write("data.py", "")])  # whoever changes a template gets its tokens
+    assert cache_folder([path], tokenizer, 1) != name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
