@@ -7,6 +7,7 @@ the record. What a record's fields mean is preparing/records.py's part. A templa
 import csv
 import gzip
 import json
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -148,6 +149,9 @@ def own_template(name: str) -> tuple[dict, str]:
     places = {"user": ["user"], "assistant": ["assistant"], "system": ["system"], "user_with_input": ["user", "input"]}
     if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys() <= {*places, "stop"}:
         raise DataError(f"{where}: a template holds user, assistant and perhaps system, user_with_input, stop: found {given!a}")
+    kept = json.dumps(given, ensure_ascii=False)
+    if half := re.search("[\ud800-\udfff]", kept):
+        raise DataError(f"{where}: holds half a character, {half[0]!a}, which no tokenizer takes")
     stop = given.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
@@ -162,4 +166,4 @@ def own_template(name: str) -> tuple[dict, str]:
             raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
     if "system" in given and "{system}" not in given["user"]:
         raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
-    return given | {"stop": tuple(stop)}, json.dumps(given, ensure_ascii=False)
+    return given | {"stop": tuple(stop)}, kept

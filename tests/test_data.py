@@ -343,6 +343,8 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
         ({"assistant": 3}, "'assistant' should hold {assistant} once"),
         ({"user_with_input": "{user}"}, "'user_with_input' should hold {user} and {input} once"),
         ({"user": "Q: {user}", "system": "{system}"}, "a system message would be lost"),
+        ({"assistant": "\ud83d{assistant}"}, "holds half a character, '\\ud83d'"),
+        ({"stop": ["\ud83d"]}, "holds half a character, '\\ud83d'"),
         ({"stop": "Q:"}, "'stop' should be a list"),
         ({"stop": [""]}, "'stop' should be a list of strings that are not empty"),
         ({"eos": "</s>"}, "a template holds user, assistant and perhaps"),
@@ -353,6 +355,16 @@ def test_a_template_that_would_write_something_else_is_refused(write, change, re
     with pytest.raises(DataError) as error:
         load_template(path)
     assert str(error.value).startswith(path) and reason in str(error.value)
+
+
+@pytest.mark.parametrize("extra", ["", "a map"])
+def test_a_system_message_that_a_template_has_no_place_for_is_refused_and_not_lost(tokenizer, extra):
+    own = {"user": "{user}:", "assistant": "{assistant}"} if not extra else OWN | {"user_with_input": "{user} {input}"}
+    template, asked = load_template(json.dumps(own))[0], [{**ASK, "input": extra}, REPLY]
+    encode_dialog(asked, tokenizer, template)
+    encode_dialog([{**SYSTEM, "content": " "}, *asked], tokenizer, template)
+    with pytest.raises(DataError, match=r"has no \{system\} where this system message would stand: 'Be brief\.'$"):
+        encode_dialog([SYSTEM, *asked], tokenizer, template)
 
 
 def test_a_template_that_is_no_json_or_not_there_is_refused(write, tmp_path):
@@ -627,6 +639,17 @@ def test_parquet_and_jsonl_of_no_robots_are_the_same_dialogs():
 def test_the_seed_tasks_are_read():
     records = list(read_records(shared("alpaca_seed_tasks.jsonl")))
     assert len(records) == 175 and {record.kind for record in records} == {"alpaca"}
+
+
+@pytest.mark.parametrize("nothing", [0, False, [], {}])
+def test_an_input_or_system_message_that_is_no_text_is_refused_and_not_left_out(write, nothing):
+    """A number is text in the record beside it: 5 was refused and 0 was lost."""
+    record = json.dumps({"instruction": "Square it.", "input": nothing, "output": "0"})
+    assert "field 'input' should hold text and holds" in refusal(write("a.jsonl", record))
+    record = json.dumps({"question": "Who?", "response": "Mira.", "system_prompt": nothing})
+    assert "field 'system_prompt' should hold text and holds" in refusal(write("b.jsonl", record))
+    record = json.dumps({"q": "Who?", "a": "Mira.", "s": nothing})
+    assert "field 's' should hold text and holds" in refusal(write("c.jsonl", record), source="q", target="a", system="s")
 
 
 def test_an_input_of_null_is_no_input(write):
@@ -1041,7 +1064,7 @@ def test_a_disk_that_is_full_is_told_and_leaves_no_tokens(tokenizer, tmp_path):
 
     def writing():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))  # no file can grow beyond 16 KB: these tokens take 50
-        with pytest.raises(DataError, match="cache cannot keep the tokens: File too large; XDG_CACHE_HOME names another place$"):
+        with pytest.raises(DataError, match="cache cannot keep the tokens: File too large; XDG_CACHE_HOME names"):
             encode_documents(dialogs, tokenizer, TEMPLATES["plain"], max_length=99, cache=cache)
 
     assert os.waitpid(process(writing), 0)[1] == 0

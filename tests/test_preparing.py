@@ -358,6 +358,8 @@ def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
     assert "in a folder that exists" in refused(run, capsys, "prepare", "a.jsonl", out="no/b.jsonl")
     assert "unknown stage wash: known are clean" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", stages="wash")
     assert "--near must be from 0.3 to 1, not 2.0" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", near=2)
+    assert "--seed must be from 0 to 2147483648, not -1" in refused(run, capsys, "stats", "a.jsonl", seed=-1)
+    assert "--select must be from 0 to 2147483648, not -1" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", select=-1)
     assert "a.jsonl exists already" in refused(run, capsys, "prepare", "a.jsonl", out="a.jsonl")
     assert "say show, stats or prepare" in refused(run, capsys, "shew", "a.jsonl")
     assert "no_robots is not here: download" in refused(run, capsys, "stats", "no_robots")
@@ -394,6 +396,15 @@ def test_stats_counts_what_is_there(run, tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
     run("stats", "a.jsonl", plot="a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_has_no_negative_share_and_a_bar_for_the_shortest_records(run):
+    """White space around a message is not written, and so is not among its tokens either."""
+    run.write("a.jsonl", [dialog("\n" * 50 + "Where?", "In Oakford." + " " * 50)])
+    printed = run("stats", "a.jsonl")
+    assert "template" in printed and "-" not in printed.split("supervised:")[1].splitlines()[0]
+    run.write("a.jsonl", [dialog("a", "a")])
+    assert re.search(r"\n +0 to +15 +1 #{60}\n", run("stats", "a.jsonl", template="plain"))
 
 
 def test_a_person_runs_it_from_anywhere(tmp_path):
