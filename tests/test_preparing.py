@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import data
 from data import DataError, read_dialogs
+from helping.files import alone
 from preparing.pages import text_of
 from preparing.records import read_records
 from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
@@ -337,6 +339,54 @@ def test_killed_before_or_after_any_rename_it_goes_on_after_the_last_whole_stage
             assert (tmp_path / f"c{end}").read_bytes() == (tmp_path / f"whole{end}").read_bytes()
             (tmp_path / f"c{end}").unlink()
         assert not (tmp_path / "c.jsonl.work").exists()
+
+
+def test_killed_while_it_tidies_up_it_leaves_nothing_half_removed_to_go_on_from(run, killed, tmp_path, monkeypatch):
+    run.write("a.jsonl", mixed(random.Random(6), 12))
+    report = run("prepare", "a.jsonl", out="c.jsonl", split=0.2)
+    whole = [(tmp_path / f"c{end}").read_bytes() for end in (".jsonl", ".validation.jsonl")]
+
+    def first_file_only(folder, **_):
+        next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", first_file_only)
+        assert killed(0, "a.jsonl", out="c.jsonl", split=0.2, overwrite=True) is None
+    assert (tmp_path / "c.jsonl.work").exists()
+    assert run("prepare", "a.jsonl", out="c.jsonl", split=0.2, overwrite=True) == report
+    assert [(tmp_path / f"c{end}").read_bytes() for end in (".jsonl", ".validation.jsonl")] == whole
+
+
+def test_a_second_prepare_of_the_same_file_is_refused_while_the_first_is_at_work(run, capsys, tmp_path):
+    """Both would write the same stages in the same folder: each took the other's file from under it, and both died."""
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    with alone(tmp_path / "b.jsonl.work", DataError()):
+        for seed in (1, 2):  # it may not clear away what was begun with other flags either
+            said = refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", seed=seed)
+            assert "another prepare is at work on b.jsonl, in b.jsonl.work: name another file with --out" in said
+    assert "1 left" in run("prepare", "a.jsonl", out="b.jsonl")
+
+
+def test_a_prepare_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(run, capsys, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(7), 30))
+    run("prepare", "a.jsonl:3", out="whole.jsonl")
+
+    def small():
+        limit = (tmp_path / "whole.jsonl").stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        said = refused(run, capsys, "prepare", "a.jsonl:3", out="c.jsonl")
+        assert "c.jsonl.work: File too large; the stages that are finished stay there, and the same command goes on" in said
+
+    if not (pid := os.fork()):
+        try:
+            small()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert "going on after the stage dedup" in run("prepare", "a.jsonl:3", out="c.jsonl")
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_other_inputs_or_flags_do_not_go_on_with_what_was_begun(run, killed, tmp_path):

@@ -932,6 +932,15 @@ def test_two_runs_cannot_be_at_work_in_one_folder(base):
     assert losses(run(base, resume=True)) == losses(run(base, "whole"))
 
 
+def test_a_run_that_is_refused_does_not_take_the_folder_from_under_the_one_that_is_still_reading_its_data(base):
+    with folder_script.alone_in(base / "run", SimpleNamespace(first=True)):
+        for _ in range(2):
+            with pytest.raises(RunError, match="another run is at work in"):
+                run(base)
+        assert (base / "run").is_dir()
+    assert not (base / "run").exists()
+
+
 def test_weights_that_are_cut_short_are_refused_before_the_data_is_read(base):
     (base / "data.jsonl").write_text("nonsense")
     weights = base / "base" / "consolidated.00.pth"
