@@ -95,6 +95,11 @@ def _csv_records(path: Path):
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     line_num = 0  # where the last good record ended: an open quote swallows the rest of the file
     try:
+        named = reader.fieldnames
+        if named is not None and not any(named):
+            raise DataError(f"{path}, line 1: expected the names of the columns, found none")
+        if twice := next((name for name in named or () if name and named.count(name) > 1), None):
+            raise DataError(f"{path}, line 1: two columns are named {twice!r}, and only one of them would be read")
         for record in reader:
             where = f"line {reader.line_num}"
             if None in record or None in record.values():

@@ -793,6 +793,15 @@ def test_a_csv_row_that_is_too_short_or_too_long_is_refused_with_its_line(write,
     assert refusal(path) == f"{path}, line 3: expected 2 columns (prompt, response)"
 
 
+def test_a_csv_with_two_columns_of_one_name_or_with_none_is_refused(write):
+    """csv takes the last column of a name, and says nothing of the others. A nameless one, as pandas' index, is nobody's."""
+    two = write("a.csv", "prompt,response,response\nHi,Yes,No\n")
+    assert refusal(two) == f"{two}, line 1: two columns are named 'response', and only one of them would be read"
+    none = write("b.csv", "\nprompt,response\nHi,Yes\n")
+    assert refusal(none) == f"{none}, line 1: expected the names of the columns, found none"
+    assert pairs(*read_dialogs(write("c.csv", ",prompt,response,\n0,Hi,Yes,1\n"))) == [("Hi", "Yes")]
+
+
 def test_a_quote_that_never_closes_is_refused_where_it_opens(write):
     """An open quote swallows the rest of the file; the last line's number would help nobody find it."""
     path = write("a.csv", 'prompt,response\nHi,Hello\n"Hi,Hello\n' + "Hi,Hello\n" * 100)

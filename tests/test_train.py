@@ -806,7 +806,7 @@ def test_a_run_is_not_resumed_on_other_records(base):
     whole, file = run(base), base / "data.jsonl"
     records, resume = file.read_text(), {"resume": True, "output_dir": str(taken_back(base / "run", 4))}
     file.write_text(records + '{"prompt": "Where?", "response": "Mira."}\n')
-    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now: resume it with those"):
+    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now, or .*: resume it with those"):
         train(complete(resume))
     file.write_text(records)
     assert losses(train(complete(resume))) == losses(whole)
