@@ -157,6 +157,8 @@ def own_template(name: str) -> tuple[dict, str]:
     kept = json.dumps(given, ensure_ascii=False)
     if half := re.search("[\ud800-\udfff]", kept):
         raise DataError(f"{where}: holds half a character, {half[0]!a}, which no tokenizer takes")
+    if where == name and re.search("</?s>", kept):  # of a run that was trained with them they are a part
+        raise DataError(f"{where}: leave out <s> and </s>: they are added where they belong, and here are only text")
     stop = given.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")

@@ -35,8 +35,8 @@ def parse_input(given: str) -> tuple[Path, float]:
     path, weight = Path(given), 1.0
     if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
         path, weight = Path(weighted[1]), float(weighted[2])
-    if weight == 0:
-        raise DataError(f"{given}: a weight is above 0")
+    if not 0 < weight <= 10**6:
+        raise DataError(f"{given}: a weight is above 0 and at most 1,000,000")
     reader_of(path)
     return path, weight
 

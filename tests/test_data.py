@@ -345,6 +345,7 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
         ({"user": "Q: {user}", "system": "{system}"}, "a system message would be lost"),
         ({"assistant": "\ud83d{assistant}"}, "holds half a character, '\\ud83d'"),
         ({"stop": ["\ud83d"]}, "holds half a character, '\\ud83d'"),
+        ({"assistant": "{assistant} </s>"}, "leave out <s> and </s>: they are added where they belong"),
         ({"stop": "Q:"}, "'stop' should be a list"),
         ({"stop": [""]}, "'stop' should be a list of strings that are not empty"),
         ({"eos": "</s>"}, "a template holds user, assistant and perhaps"),
@@ -624,8 +625,9 @@ def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeyp
         parse_input("absent.jsonl")
     with pytest.raises(DataError, match=r"a.xlsx: unknown kind of file"):
         parse_input("a.xlsx:2")
-    with pytest.raises(DataError, match="a weight is above 0"):
-        parse_input("a.jsonl:0")
+    for weight in ("0", "1000001", "9" * 99):
+        with pytest.raises(DataError, match="a weight is above 0 and at most 1,000,000"):
+            parse_input(f"a.jsonl:{weight}")
     assert {copies(2, i, 0) for i in range(50)} == {2}
     seen = [copies(1.5, i, 0) for i in range(1000)]
     assert set(seen) == {1, 2} and 1450 < sum(seen) < 1550 and seen == [copies(1.5, i, 0) for i in range(1000)]

@@ -498,6 +498,12 @@ def test_an_unknown_name_is_refused_before_any_data_is_read(run, capsys, tmp_pat
             read_data(TrainConfig(**{"data": ("bad.jsonl",), "tokenizer": str(tokenizer_file)} | flags), print)
 
 
+def test_a_weight_that_leaves_no_record_is_told_as_the_reason(run, tmp_path, tokenizer_file):
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    with pytest.raises(DataError, match="nothing to learn from: their weights leave no record"):
+        read_data(TrainConfig(data=("a.jsonl:0.001",), tokenizer=str(tokenizer_file)), print)
+
+
 def test_data_errors_of_reading_name_the_file_of_against(run, capsys, tmp_path):
     run.write("a.jsonl", [dialog("Hi", "Yes.")])
     with pytest.raises(DataError, match="cannot be read"):
