@@ -68,6 +68,10 @@ def fault(dialog: list[dict], stage: str) -> str | None:
     return next((reason for (of, reason), wrong in FAULTS.items() if of == stage and wrong(*parts)), None)
 
 
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower()) or [" ".join(text.split())]  # signs alone are one word: + is no duplicate of =
+
+
 class NearDuplicates:
     """Finds texts that share `threshold` of their words: Jaccard's words in both / words in either, where a word's second
     occurrence is another word than its first. At 0.95 one word in 40 may differ; the order of words does not count.
@@ -93,7 +97,7 @@ class NearDuplicates:
 
     def words(self, text: str) -> np.ndarray:
         """(n,) uint64, a number for each word and its first, second, ... occurrence."""
-        words = np.array([self.hash(word) for word in WORD.findall(text.lower())] or [0], np.uint64)
+        words = np.array([self.hash(word) for word in words_of(text)], np.uint64)
         words.sort()
         first = np.flatnonzero(np.concatenate([[True], words[1:] != words[:-1]]))
         occurrence = np.arange(len(words)) - np.repeat(first, np.diff(first, append=len(words)))
@@ -128,7 +132,7 @@ class NearDuplicates:
 
 def ngrams(dialog: list[dict], n: int = 13) -> set[tuple[str, ...]]:
     """Runs of 13 words, as GPT-3 was checked against its benchmarks (Brown et al., appendix C); a shorter text is one run."""
-    words = WORD.findall(text_of(dialog).lower())
+    words = words_of(text_of(dialog))
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 

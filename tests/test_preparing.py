@@ -147,6 +147,15 @@ def test_similarity_is_counted_with_each_occurrence_of_a_word():
     assert near.find("", add=False) is None and NearDuplicates(1.0).find("a") is None
 
 
+def test_texts_without_a_word_are_duplicates_only_of_their_like(run):
+    """Sums and emojis: of a thousand records whose replies are signs, one was left."""
+    near = NearDuplicates(0.95)
+    assert [near.find(text) for text in ("+", "=", " + ", "🙂", "🎉 ", "🎉", "")] == [None, None, 0, None, None, 3, None]
+    assert not ngrams(dialog("🙂", "+")) & ngrams(dialog("🎉", "="))
+    run.write("a.jsonl", [dialog(f"Which sign is number {i}?", sign) for i, sign in enumerate("+-×÷=+")])
+    assert "5 left" in run("prepare", "a.jsonl", out="b.jsonl", stages="dedup", dedup_on="reply")
+
+
 def test_the_most_diverse_are_unlike_each_other():
     rng, near = np.random.default_rng(0), NearDuplicates(0.95)
     kinds = [prose(rng, 100) for _ in range(5)]
