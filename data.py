@@ -150,7 +150,8 @@ def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
     """A dialog as the texts that are tokenised one by one, so that what a user writes can never move the border of a reply.
 
     Messages lose the white space around them, as Meta's own chat code does: it would be learned as part of the reply.
-    A dialog that ends on a user turn ends where the reply would begin: the prompt of generate.py."""
+    A dialog that ends on a user turn ends where the reply would begin: the prompt of generate.py. Raises DataError for a system
+    message that a template of the user's own has no place for."""
     if dialog[0]["role"] == "text":
         return [Piece(dialog[0]["content"], True, True)]
     given, turns = "", dialog
@@ -166,10 +167,11 @@ def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
         system = given or (template.default_system_with_input if extra else template.default_system) if i == 0 else ""
         if extra and not template.user_with_input:
             content = f"{content}\n\n{extra}"
-        written = (template.user_with_input if extra and template.user_with_input else template.user).format(
-            system=template.system.format(system=system) if system else "", user=content, input=extra
-        )
-        pieces.append(Piece(written, i == 0 or template.bos_every_turn, False))
+        form = template.user_with_input if extra and template.user_with_input else template.user
+        if system and "{system}" not in form:
+            raise DataError(f"the template has no {{system}} where this system message would stand: {system[:60]!a}")
+        before = template.system.format(system=system) if system else ""
+        pieces.append(Piece(form.format(system=before, user=content, input=extra), i == 0 or template.bos_every_turn, False))
     return pieces
 
 

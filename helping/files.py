@@ -1,5 +1,7 @@
 """What the operating system knows of a process and its files."""
 
+import contextlib
+import fcntl
 import os
 import resource
 import sys
@@ -13,6 +15,37 @@ def readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, would survive the machine losing power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, busy: Exception):
+    """The folder, made if it is not there, for this process alone: raises `busy` if another is at work in it. The system lets go
+    of the lock when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:  # a disk that knows no locks
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing came into it; by whoever was refused it would be taken from under the other
+    finally:
+        os.close(handle)
 
 
 def peak_memory(device: torch.device) -> int:

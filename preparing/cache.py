@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from data import IGNORE, Tokenizer, count_supervised
+from helping.files import flush_to_disk
+from helping.flags import REPOSITORY
+from preparing.readers import DataError, reader_of
 
 CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
+
+# What decides, beside files and settings, which tokens come out: where it is changed, nothing kept from before is right.
+PROGRAMS = REPOSITORY / "data.py", REPOSITORY / "running" / "reading.py", *sorted((REPOSITORY / "preparing").glob("*.py"))
 
 
 def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
@@ -22,13 +28,14 @@ def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
     if sum(Path(path).stat().st_size for path in paths) < CACHE_FROM:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nanotune" / content_key((2, *settings), paths, tokenizer)
+    return Path(home) / "nanotune" / content_key(settings, paths, tokenizer)
 
 
 def content_key(settings, paths, tokenizer: Tokenizer) -> str:
-    """A name that changes with the settings, the tokenizer or the content of the files."""
-    key = hashlib.blake2b(repr(settings).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
-    for path in paths:
+    """A name that changes with the settings, the tokenizer, the programs, or the content or the kind of the files."""
+    kinds = [reader_of(Path(path)).__name__ for path in paths]  # the lines of a .jsonl are other records in a .txt
+    key = hashlib.blake2b(repr((settings, kinds)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
+    for path in (*paths, *PROGRAMS):
         key.update(_digest(str(path), os.stat(path).st_mtime_ns))
     return key.hexdigest()
 
@@ -45,8 +52,8 @@ class TokenFile:
     A label is the token's own id or -100, so one number holds both: a token that is only read is stored as its complement ~id."""
 
     def __init__(self, folder: Path):
-        self.ends = np.load(folder / "ends.npy")
-        self.sizes, self.supervised = np.diff(self.ends, prepend=0), np.load(folder / "supervised.npy")
+        self.ends, self.supervised = (np.fromfile(folder / name, np.int64) for name in ("ends.bin", "supervised.bin"))
+        self.sizes = np.diff(self.ends, prepend=0)
         self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r") if len(self.ends) else np.zeros(0, np.int32)
 
     def __len__(self) -> int:
@@ -58,14 +65,14 @@ class TokenFile:
 
 
 def write_tokens(folder: Path, documents, fates: Counter) -> None:
-    ends, supervised = array("q"), array("q")
+    ends, supervised = array("q"), array("q")  # written by Python: NumPy's tofile and save are silent where the disk is full
     with open(folder / "tokens.bin", "wb") as file:
         for ids, labels in documents:
-            np.where(labels == IGNORE, ~ids, ids).tofile(file)
+            file.write(np.where(labels == IGNORE, ~ids, ids))
             ends.append(len(ids) + (ends[-1] if ends else 0))
             supervised.append(count_supervised(labels))
-    np.save(folder / "ends.npy", np.array(ends, np.int64))
-    np.save(folder / "supervised.npy", np.array(supervised, np.int64))
+    (folder / "ends.bin").write_bytes(ends)
+    (folder / "supervised.bin").write_bytes(supervised)
     (folder / "fates.json").write_text(json.dumps(fates))
 
 
@@ -74,24 +81,30 @@ def once(folder: Path, write) -> None:
 
     It is written beside and renamed into place, so that a folder of this name is whole; if the writer dies or fails, the next
     one begins anew."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():  # for good: where it lies need not be writable any more
+        return
     temporary = folder.with_name(f"{folder.name}.tmp")
-    with open(f"{folder}.lock", "wb") as lock:
-        try:
-            import fcntl
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "wb") as lock:
+            try:
+                import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
-        except (ImportError, OSError):  # no locks on this system or file system: each writes for itself, and the first wins
-            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        if folder.is_dir():
-            return
-        shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
-        temporary.mkdir()
-        try:
-            write(temporary)
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
+            except (ImportError, OSError):  # no locks on this system or file system: each writes for itself, and the first wins
+                temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            if folder.is_dir():
+                return
+            shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+            temporary.mkdir()
+            try:
+                write(temporary)
+                for path in temporary.iterdir():
+                    flush_to_disk(path)  # or a machine that loses power could keep the name, and not what it stands for
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if not folder.is_dir():
+            reason = error.strerror or error
+            raise DataError(f"{folder.parent} cannot keep the tokens: {reason}; XDG_CACHE_HOME names another place") from None

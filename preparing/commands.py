@@ -41,7 +41,9 @@ class DataConfig:
     overwrite: bool = False  # replace the file that --out names
 
     def __post_init__(self):
-        for name, least, most in (("model_max_length", 1, 2**31), ("n", 1, 2**31), ("split", 0, 0.99), ("near", 0.3, 1)):
+        whole = {"model_max_length": 1, "n": 1, "min_tokens": 0, "select": 0, "seed": 0}
+        counts = ((name, least, 2**31) for name, least in whole.items())
+        for name, least, most in (*counts, ("split", 0, 0.99), ("near", 0.3, 1)):
             if not least <= getattr(self, name) <= most:
                 raise DataError(f"--{name} must be from {least} to {most}, not {getattr(self, name)}")
         if unknown := {*self.stages} - {*STAGES}:

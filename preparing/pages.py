@@ -65,13 +65,13 @@ def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
         counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
         seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
         for message in record.dialog:
-            parts[message["role"]] += len(tokenizer.encode(text_of([message])))
+            parts[message["role"]] += len(tokenizer.encode(text_of([message]).strip()))  # as a template writes it
     n, total = len(sizes), sum(sizes)
     parts["template"] = total - sum(parts.values())
     print(f"{n:,} records, {n - len(seen):,} of them exact duplicates; {counts['turns']:,} turns")
     print(f"{total:,} tokens, {counts['supervised'] / total:.1%} supervised:", end=" ")
     print(*(f"{part} {count:,} ({count / total:.1%})" for part, count in parts.items()), sep=", ")
-    edges = [0, *(2**i for i in range(4, max(sizes).bit_length() + 1))]
+    edges = [0, *(2**i for i in range(4, max(4, max(sizes).bit_length()) + 1))]
     heights = np.histogram(sizes, edges)[0]
     print(f"tokens of a record: median {np.median(sizes):,.0f}, 99 % have at most {np.percentile(sizes, 99):,.0f}")
     for i, height in enumerate(heights):

@@ -7,6 +7,7 @@ the record. What a record's fields mean is preparing/records.py's part. A templa
 import csv
 import gzip
 import json
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -94,6 +95,11 @@ def _csv_records(path: Path):
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     line_num = 0  # where the last good record ended: an open quote swallows the rest of the file
     try:
+        named = reader.fieldnames
+        if named is not None and not any(named):
+            raise DataError(f"{path}, line 1: expected the names of the columns, found none")
+        if twice := next((name for name in named or () if name and named.count(name) > 1), None):
+            raise DataError(f"{path}, line 1: two columns are named {twice!r}, and only one of them would be read")
         for record in reader:
             where = f"line {reader.line_num}"
             if None in record or None in record.values():
@@ -148,6 +154,11 @@ def own_template(name: str) -> tuple[dict, str]:
     places = {"user": ["user"], "assistant": ["assistant"], "system": ["system"], "user_with_input": ["user", "input"]}
     if not isinstance(given, dict) or not {"user", "assistant"} <= given.keys() <= {*places, "stop"}:
         raise DataError(f"{where}: a template holds user, assistant and perhaps system, user_with_input, stop: found {given!a}")
+    kept = json.dumps(given, ensure_ascii=False)
+    if half := re.search("[\ud800-\udfff]", kept):
+        raise DataError(f"{where}: holds half a character, {half[0]!a}, which no tokenizer takes")
+    if where == name and re.search("</?s>", kept):  # of a run that was trained with them they are a part
+        raise DataError(f"{where}: leave out <s> and </s>: they are added where they belong, and here are only text")
     stop = given.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise DataError(f"{where}: 'stop' should be a list of strings that are not empty")
@@ -162,4 +173,4 @@ def own_template(name: str) -> tuple[dict, str]:
             raise DataError(f"{where}: {field!r} should hold {expected} once, other braces written twice, not {given[field]!r}")
     if "system" in given and "{system}" not in given["user"]:
         raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
-    return given | {"stop": tuple(stop)}, json.dumps(given, ensure_ascii=False)
+    return given | {"stop": tuple(stop)}, kept

@@ -35,8 +35,8 @@ def parse_input(given: str) -> tuple[Path, float]:
     path, weight = Path(given), 1.0
     if not path.exists() and (weighted := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", given)):
         path, weight = Path(weighted[1]), float(weighted[2])
-    if weight == 0:
-        raise DataError(f"{given}: a weight is above 0")
+    if not 0 < weight <= 10**6:
+        raise DataError(f"{given}: a weight is above 0 and at most 1,000,000")
     reader_of(path)
     return path, weight
 
@@ -125,8 +125,11 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
             raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {here}")
         return record[field]
 
+    def holds(field):  # something, which then has to be text
+        return record.get(field) not in (None, "")
+
     def pair(prompt, reply, before=None, **more):
-        first = [{"role": "system", "content": text(before)}] if before and record.get(before) else []
+        first = [{"role": "system", "content": text(before)}] if before and holds(before) else []
         return [*first, {"role": "user", "content": text(prompt), **more}, {"role": "assistant", "content": text(reply)}]
 
     if source is not None:
@@ -153,8 +156,8 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         record = record | {"references": "\n\n".join(f"[{i}] {r}" for i, r in enumerate(record["references"], start=1))}
     for kind, prompt, reply, before, extra in PAIRS:
         if prompt in record and reply in record:
-            more = {"input": text(extra)} if record.get(extra) else {}
-            return kind, pair(prompt, reply, next((field for field in before if record.get(field)), None), **more)
+            more = {"input": text(extra)} if holds(extra) else {}
+            return kind, pair(prompt, reply, next(filter(holds, before), None), **more)
     for field in ("text", "input"):
         for kind, marker in _FLAT.items() if isinstance(record.get(field), str) else ():
             parts = marker.split(record[field].strip())

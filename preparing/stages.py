@@ -17,7 +17,6 @@ Every record is written or counted under the reason for which it is not.
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Tokenizer, choose_template, encode_dialog, load_template
+from helping.files import alone
 from preparing.cache import content_key
 from preparing.commands import STAGES, DataConfig
 from preparing.pages import read_all, text_of
@@ -68,6 +68,10 @@ def fault(dialog: list[dict], stage: str) -> str | None:
     return next((reason for (of, reason), wrong in FAULTS.items() if of == stage and wrong(*parts)), None)
 
 
+def words_of(text: str) -> list[str]:
+    return WORD.findall(text.lower()) or [" ".join(text.split())]  # signs alone are one word: + is no duplicate of =
+
+
 class NearDuplicates:
     """Finds texts that share `threshold` of their words: Jaccard's words in both / words in either, where a word's second
     occurrence is another word than its first. At 0.95 one word in 40 may differ; the order of words does not count.
@@ -93,7 +97,7 @@ class NearDuplicates:
 
     def words(self, text: str) -> np.ndarray:
         """(n,) uint64, a number for each word and its first, second, ... occurrence."""
-        words = np.array([self.hash(word) for word in WORD.findall(text.lower())] or [0], np.uint64)
+        words = np.array([self.hash(word) for word in words_of(text)], np.uint64)
         words.sort()
         first = np.flatnonzero(np.concatenate([[True], words[1:] != words[:-1]]))
         occurrence = np.arange(len(words)) - np.repeat(first, np.diff(first, append=len(words)))
@@ -128,7 +132,7 @@ class NearDuplicates:
 
 def ngrams(dialog: list[dict], n: int = 13) -> set[tuple[str, ...]]:
     """Runs of 13 words, as GPT-3 was checked against its benchmarks (Brown et al., appendix C); a shorter text is one run."""
-    words = WORD.findall(text_of(dialog).lower())
+    words = words_of(text_of(dialog))
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
@@ -294,39 +298,52 @@ def prepare(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     template = config.template and load_template(config.template)[0]
     evaluations = [parse_input(path)[0] for path in config.against]
     decides = dataclasses.replace(config, out=None, overwrite=False, n=1, plot=None, tokenizer=""), template, inputs
-    programs = inspect.getfile(Tokenizer), *sorted(Path(__file__).parent.glob("*.py"))
-    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations, *programs], tokenizer)
-    if not work.is_dir():
-        shutil.rmtree(home, ignore_errors=True)
-        work.mkdir(parents=True)
+    work = home / content_key(decides, [*(path for path, _ in inputs), *evaluations], tokenizer)
     needed = {"against": config.against, "select": config.select, "split": config.split}
     stages = ["read", *(name for name in STAGES if name in config.stages and needed.get(name, True))]
-    run, todo = Preparation(config, inputs, evaluations, template, tokenizer, work), stages
-    for i, name in enumerate(stages):
-        if (work / f"{name}.jsonl").exists():
-            run.done, todo = json.loads((work / f"{name}.json").read_text()), stages[i + 1 :]
-    if todo != stages:
-        print(f"going on after the stage {run.done['stage']} of a run that was stopped")
-    try:
-        for name in todo:
-            run.run(name)
-        done = run.done
-        assert done["read"] == done["left"] + done["held"] + run.removed(), "a record is neither written nor counted as removed"
-        validation.unlink(missing_ok=True)  # of a run that is replaced
-        for name, path in (("held", validation), (stages[-1], out))[not done["held"] :]:
-            with open(f"{path}.tmp", "wb") as target:
-                target.writelines(line.partition(b"\t")[2] for line in run.lines(name))
-            os.replace(f"{path}.tmp", path)
-    except DataError:
-        shutil.rmtree(home)  # the inputs must change before it can go on
-        raise
-    shutil.rmtree(home)
+    run = Preparation(config, inputs, evaluations, template, tokenizer, work)
+    with alone(home, DataError(f"another prepare is at work on {out}, in {home}: name another file with --out")):
+        try:
+            finish(run, stages, out, validation)
+        except DataError:
+            shutil.rmtree(home)  # the inputs must change before it can go on
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{home}: {reason}; the stages that are finished stay there, and the same command goes on") from None
+        shutil.rmtree(home)
+    done = run.done
     print(f"{done['read']:,} records read from {', '.join(str(path) for path, _ in inputs)}")
     for key, (number, examples) in sorted(done["removed"].items(), key=lambda item: STAGES.index(item[0].split()[0])):
         stage, _, reason = key.partition(" ")
         print(f"  {stage:8} -{number:<7,} {reason}", *examples, sep="\n" + " " * 20)
     held = f", {done['held']:,} in {validation}" if done["held"] else ""
     print(f"{done['left']:,} left, {done['lines']:,} lines in {out}{held}")
+
+
+def finish(run: Preparation, stages: list[str], out: Path, validation: Path) -> None:
+    """Go through the stages that are not finished yet, and write the files."""
+    work = run.work
+    if not work.is_dir():
+        for other in work.parent.iterdir():  # of other inputs or flags
+            shutil.rmtree(other)
+        work.mkdir()
+    todo = stages
+    for i, name in enumerate(stages):
+        if (work / f"{name}.jsonl").exists():
+            run.done, todo = json.loads((work / f"{name}.json").read_text()), stages[i + 1 :]
+    if todo != stages:
+        print(f"going on after the stage {run.done['stage']} of a run that was stopped")
+    for name in todo:
+        run.run(name)
+    done = run.done
+    assert done["read"] == done["left"] + done["held"] + run.removed(), "a record is neither written nor counted as removed"
+    validation.unlink(missing_ok=True)  # of a run that is replaced
+    for name, path in (("held", validation), (stages[-1], out))[not done["held"] :]:
+        with open(f"{path}.tmp", "wb") as target:
+            target.writelines(line.partition(b"\t")[2] for line in run.lines(name))
+        os.replace(f"{path}.tmp", path)
+    work.rename(work.with_name("over"))  # killed while it tidies up, there is nothing half removed to go on from
 
 
 def most_diverse(minima: np.ndarray, k: int) -> list[int]:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from helping.files import flush_to_disk
 from running.settings import RunError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is told that it is one
@@ -82,15 +83,6 @@ def put_back(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # another rank was faster
         if old.exists() and not folder.exists():
             old.rename(folder)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Return when a file, or a folder's list of names, would survive the machine losing power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ checkpoint-N/         what --resume goes on from (checkpoint.py)
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from data import DataError, Tokenizer
-from helping.files import peak_memory
+from helping.files import alone, peak_memory
 from lora import lora_parameters, read_adapter, save_adapter
 from model import Llama, ModelConfig, from_hf, open_checkpoint, save_hf, to_hf
 from running.checkpoint import checkpoints, trained_weights, write_text, written_whole
@@ -59,27 +58,10 @@ def check_start(config, sizes: ModelConfig, world: int) -> None:
         raise RunError(f"{folder} is not empty and holds no run: name a new folder with --output_dir")
 
 
-@contextlib.contextmanager
 def alone_in(folder: Path, workers: Workers):
-    """The folder, made if it is not there, for this run alone: RunError if another is at work in it. The system lets go of the
-    lock when the process ends, however it ends."""
-    if not workers.first:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another run is at work in {folder}: name another with --output_dir") from None
-        except OSError:  # a disk that knows no locks
-            pass
-        yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing came into it
+    """The folder for this run alone: RunError if another is at work in it."""
+    busy = RunError(f"another run is at work in {folder}: name another with --output_dir")
+    return alone(folder, busy) if workers.first else contextlib.nullcontext()
 
 
 def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:

@@ -50,8 +50,8 @@ def make_plan(config, batches: PackedBatches, state: dict, peak: float, dtype: t
     rows_per_step, lengths = state["rows_per_step"], beginning(config, batches, workers.world)["lengths"]
     if state.get("lengths", lengths) != lengths:
         raise RunError(
-            f"the run in {config.output_dir} began on other records than {', '.join(config.data)} gives now: "
-            "resume it with those, or begin anew with --overwrite"
+            f"the run in {config.output_dir} began on other records than {', '.join(config.data)} gives now, or wrote them out "
+            "by another template or tokenizer: resume it with those, or begin anew with --overwrite"
         )
     if rows_per_step % workers.world:
         raise RunError(

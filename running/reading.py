@@ -76,7 +76,8 @@ def read_data(config, say) -> Data:
         how = {"max_length": config.model_max_length, "too_long": config.too_long, "train_on_inputs": config.train_on_inputs}
         documents, fates = encode_documents(dialogs, tokenizer, template, **how, cache=cache)
         if not documents:
-            raise DataError(f"{name}: nothing to learn from: {', '.join(f'{count:,} {fate}' for fate, count in fates.items())}")
+            why = ", ".join(f"{count:,} {fate}" for fate, count in fates.items()) or "their weights leave no record"
+            raise DataError(f"{name}: nothing to learn from: {why}")
         batches = PackedBatches(documents, config.per_device_train_batch_size * config.model_max_length, config.seed, shuffle)
         tokens, supervised = sum(batches.sizes), sum(batches.supervised)
         full = tokens / (len(batches) * batches.row_tokens)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -342,6 +343,9 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
         ({"assistant": 3}, "'assistant' should hold {assistant} once"),
         ({"user_with_input": "{user}"}, "'user_with_input' should hold {user} and {input} once"),
         ({"user": "Q: {user}", "system": "{system}"}, "a system message would be lost"),
+        ({"assistant": "\ud83d{assistant}"}, "holds half a character, '\\ud83d'"),
+        ({"stop": ["\ud83d"]}, "holds half a character, '\\ud83d'"),
+        ({"assistant": "{assistant} </s>"}, "leave out <s> and </s>: they are added where they belong"),
         ({"stop": "Q:"}, "'stop' should be a list"),
         ({"stop": [""]}, "'stop' should be a list of strings that are not empty"),
         ({"eos": "</s>"}, "a template holds user, assistant and perhaps"),
@@ -352,6 +356,16 @@ def test_a_template_that_would_write_something_else_is_refused(write, change, re
     with pytest.raises(DataError) as error:
         load_template(path)
     assert str(error.value).startswith(path) and reason in str(error.value)
+
+
+@pytest.mark.parametrize("extra", ["", "a map"])
+def test_a_system_message_that_a_template_has_no_place_for_is_refused_and_not_lost(tokenizer, extra):
+    own = {"user": "{user}:", "assistant": "{assistant}"} if not extra else OWN | {"user_with_input": "{user} {input}"}
+    template, asked = load_template(json.dumps(own))[0], [{**ASK, "input": extra}, REPLY]
+    encode_dialog(asked, tokenizer, template)
+    encode_dialog([{**SYSTEM, "content": " "}, *asked], tokenizer, template)
+    with pytest.raises(DataError, match=r"has no \{system\} where this system message would stand: 'Be brief\.'$"):
+        encode_dialog([SYSTEM, *asked], tokenizer, template)
 
 
 def test_a_template_that_is_no_json_or_not_there_is_refused(write, tmp_path):
@@ -611,8 +625,9 @@ def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeyp
         parse_input("absent.jsonl")
     with pytest.raises(DataError, match=r"a.xlsx: unknown kind of file"):
         parse_input("a.xlsx:2")
-    with pytest.raises(DataError, match="a weight is above 0"):
-        parse_input("a.jsonl:0")
+    for weight in ("0", "1000001", "9" * 99):
+        with pytest.raises(DataError, match="a weight is above 0 and at most 1,000,000"):
+            parse_input(f"a.jsonl:{weight}")
     assert {copies(2, i, 0) for i in range(50)} == {2}
     seen = [copies(1.5, i, 0) for i in range(1000)]
     assert set(seen) == {1, 2} and 1450 < sum(seen) < 1550 and seen == [copies(1.5, i, 0) for i in range(1000)]
@@ -626,6 +641,17 @@ def test_parquet_and_jsonl_of_no_robots_are_the_same_dialogs():
 def test_the_seed_tasks_are_read():
     records = list(read_records(shared("alpaca_seed_tasks.jsonl")))
     assert len(records) == 175 and {record.kind for record in records} == {"alpaca"}
+
+
+@pytest.mark.parametrize("nothing", [0, False, [], {}])
+def test_an_input_or_system_message_that_is_no_text_is_refused_and_not_left_out(write, nothing):
+    """A number is text in the record beside it: 5 was refused and 0 was lost."""
+    record = json.dumps({"instruction": "Square it.", "input": nothing, "output": "0"})
+    assert "field 'input' should hold text and holds" in refusal(write("a.jsonl", record))
+    record = json.dumps({"question": "Who?", "response": "Mira.", "system_prompt": nothing})
+    assert "field 'system_prompt' should hold text and holds" in refusal(write("b.jsonl", record))
+    record = json.dumps({"q": "Who?", "a": "Mira.", "s": nothing})
+    assert "field 's' should hold text and holds" in refusal(write("c.jsonl", record), source="q", target="a", system="s")
 
 
 def test_an_input_of_null_is_no_input(write):
@@ -767,6 +793,15 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(write, kind):
 def test_a_csv_row_that_is_too_short_or_too_long_is_refused_with_its_line(write, row):
     path = write("a.csv", f"prompt,response\nHi,Hello\n{row}\nHi,Hello\n")
     assert refusal(path) == f"{path}, line 3: expected 2 columns (prompt, response)"
+
+
+def test_a_csv_with_two_columns_of_one_name_or_with_none_is_refused(write):
+    """csv takes the last column of a name, and says nothing of the others. A nameless one, as pandas' index, is nobody's."""
+    two = write("a.csv", "prompt,response,response\nHi,Yes,No\n")
+    assert refusal(two) == f"{two}, line 1: two columns are named 'response', and only one of them would be read"
+    none = write("b.csv", "\nprompt,response\nHi,Yes\n")
+    assert refusal(none) == f"{none}, line 1: expected the names of the columns, found none"
+    assert pairs(*read_dialogs(write("c.csv", ",prompt,response,\n0,Hi,Yes,1\n"))) == [("Hi", "Yes")]
 
 
 def test_a_quote_that_never_closes_is_refused_where_it_opens(write):
@@ -1034,6 +1069,30 @@ def test_where_files_cannot_be_locked_each_process_writes_for_itself(tokenizer, 
     assert sorted(os.listdir(tmp_path)) == ["key", "key.lock", "whole", "whole.lock"]
 
 
+def test_a_disk_that_is_full_is_told_and_leaves_no_tokens(tokenizer, tmp_path):
+    """NumPy's own tofile and save say nothing where small writes fail: the rest of the file would be missing, or zeros."""
+    dialogs, cache = [said(f"Who is {i}?", "Mira.") for i in range(600)], tmp_path / "cache" / "key"
+
+    def writing():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))  # no file can grow beyond 16 KB: these tokens take 50
+        with pytest.raises(DataError, match="cache cannot keep the tokens: File too large; XDG_CACHE_HOME names"):
+            encode_documents(dialogs, tokenizer, TEMPLATES["plain"], max_length=99, cache=cache)
+
+    assert os.waitpid(process(writing), 0)[1] == 0
+    assert os.listdir(tmp_path / "cache") == ["key.lock"]
+
+
+def test_tokens_that_are_whole_are_read_where_nothing_can_be_written_and_others_ask_for_a_place(tokenizer, write, tmp_path):
+    how = {"max_length": 99, "cache": tmp_path / "key"}
+    encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], **how)
+    (tmp_path / "key.lock").unlink()
+    (tmp_path / "key.lock").mkdir()  # opening it fails, for root as well
+    assert encode_documents(None, tokenizer, TEMPLATES["plain"], **how)[1] == {"kept": 1}
+    how["cache"] = write("file", "") / "nanotune" / "key"
+    with pytest.raises(DataError, match="nanotune cannot keep the tokens: Not a directory; XDG_CACHE_HOME names another place"):
+        encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], **how)
+
+
 def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
@@ -1048,10 +1107,13 @@ def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenize
                 cache_folder([other], tokenizer, 1),
                 cache_folder([path], tokenizer, 2),
                 cache_folder([path] * 2, tokenizer, 1),
+                cache_folder([write("a.txt", GOOD)], tokenizer, 1),  # the same bytes, and each line raw text
             }
         )
-        == 4
+        == 5
     )
+    monkeypatch.setattr("preparing.cache.PROGRAMS", [write("data.py", "")])  # whoever changes a template gets its tokens
+    assert cache_folder([path], tokenizer, 1) != name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

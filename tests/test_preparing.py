@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import data
 from data import DataError, read_dialogs
+from helping.files import alone
 from preparing.pages import text_of
 from preparing.records import read_records
 from preparing.stages import NearDuplicates, fault, most_diverse, ngrams
@@ -143,6 +145,15 @@ def test_similarity_is_counted_with_each_occurrence_of_a_word():
     near.find("tea " * 20)
     assert near.find("tea " * 17, add=False) is None and near.find("tea " * 19, add=False) == 0
     assert near.find("", add=False) is None and NearDuplicates(1.0).find("a") is None
+
+
+def test_texts_without_a_word_are_duplicates_only_of_their_like(run):
+    """Sums and emojis: of a thousand records whose replies are signs, one was left."""
+    near = NearDuplicates(0.95)
+    assert [near.find(text) for text in ("+", "=", " + ", "🙂", "🎉 ", "🎉", "")] == [None, None, 0, None, None, 3, None]
+    assert not ngrams(dialog("🙂", "+")) & ngrams(dialog("🎉", "="))
+    run.write("a.jsonl", [dialog(f"Which sign is number {i}?", sign) for i, sign in enumerate("+-×÷=+")])
+    assert "5 left" in run("prepare", "a.jsonl", out="b.jsonl", stages="dedup", dedup_on="reply")
 
 
 def test_the_most_diverse_are_unlike_each_other():
@@ -339,6 +350,54 @@ def test_killed_before_or_after_any_rename_it_goes_on_after_the_last_whole_stage
         assert not (tmp_path / "c.jsonl.work").exists()
 
 
+def test_killed_while_it_tidies_up_it_leaves_nothing_half_removed_to_go_on_from(run, killed, tmp_path, monkeypatch):
+    run.write("a.jsonl", mixed(random.Random(6), 12))
+    report = run("prepare", "a.jsonl", out="c.jsonl", split=0.2)
+    whole = [(tmp_path / f"c{end}").read_bytes() for end in (".jsonl", ".validation.jsonl")]
+
+    def first_file_only(folder, **_):
+        next(path for path in Path(folder).rglob("*") if path.is_file()).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", first_file_only)
+        assert killed(0, "a.jsonl", out="c.jsonl", split=0.2, overwrite=True) is None
+    assert (tmp_path / "c.jsonl.work").exists()
+    assert run("prepare", "a.jsonl", out="c.jsonl", split=0.2, overwrite=True) == report
+    assert [(tmp_path / f"c{end}").read_bytes() for end in (".jsonl", ".validation.jsonl")] == whole
+
+
+def test_a_second_prepare_of_the_same_file_is_refused_while_the_first_is_at_work(run, capsys, tmp_path):
+    """Both would write the same stages in the same folder: each took the other's file from under it, and both died."""
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    with alone(tmp_path / "b.jsonl.work", DataError()):
+        for seed in (1, 2):  # it may not clear away what was begun with other flags either
+            said = refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", seed=seed)
+            assert "another prepare is at work on b.jsonl, in b.jsonl.work: name another file with --out" in said
+    assert "1 left" in run("prepare", "a.jsonl", out="b.jsonl")
+
+
+def test_a_prepare_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(run, capsys, tmp_path):
+    run.write("a.jsonl", mixed(random.Random(7), 30))
+    run("prepare", "a.jsonl:3", out="whole.jsonl")
+
+    def small():
+        limit = (tmp_path / "whole.jsonl").stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        said = refused(run, capsys, "prepare", "a.jsonl:3", out="c.jsonl")
+        assert "c.jsonl.work: File too large; the stages that are finished stay there, and the same command goes on" in said
+
+    if not (pid := os.fork()):
+        try:
+            small()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert "going on after the stage dedup" in run("prepare", "a.jsonl:3", out="c.jsonl")
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_other_inputs_or_flags_do_not_go_on_with_what_was_begun(run, killed, tmp_path):
     run.write("a.jsonl", mixed(random.Random(4), 12))
     for change in ("input", "flag"):
@@ -358,6 +417,8 @@ def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
     assert "in a folder that exists" in refused(run, capsys, "prepare", "a.jsonl", out="no/b.jsonl")
     assert "unknown stage wash: known are clean" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", stages="wash")
     assert "--near must be from 0.3 to 1, not 2.0" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", near=2)
+    assert "--seed must be from 0 to 2147483648, not -1" in refused(run, capsys, "stats", "a.jsonl", seed=-1)
+    assert "--select must be from 0 to 2147483648, not -1" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", select=-1)
     assert "a.jsonl exists already" in refused(run, capsys, "prepare", "a.jsonl", out="a.jsonl")
     assert "say show, stats or prepare" in refused(run, capsys, "shew", "a.jsonl")
     assert "no_robots is not here: download" in refused(run, capsys, "stats", "no_robots")
@@ -394,6 +455,15 @@ def test_stats_counts_what_is_there(run, tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
     run("stats", "a.jsonl", plot="a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_has_no_negative_share_and_a_bar_for_the_shortest_records(run):
+    """White space around a message is not written, and so is not among its tokens either."""
+    run.write("a.jsonl", [dialog("\n" * 50 + "Where?", "In Oakford." + " " * 50)])
+    printed = run("stats", "a.jsonl")
+    assert "template" in printed and "-" not in printed.split("supervised:")[1].splitlines()[0]
+    run.write("a.jsonl", [dialog("a", "a")])
+    assert re.search(r"\n +0 to +15 +1 #{60}\n", run("stats", "a.jsonl", template="plain"))
 
 
 def test_a_person_runs_it_from_anywhere(tmp_path):
@@ -435,6 +505,12 @@ def test_an_unknown_name_is_refused_before_any_data_is_read(run, capsys, tmp_pat
     ):
         with pytest.raises(DataError, match=sentence):
             read_data(TrainConfig(**{"data": ("bad.jsonl",), "tokenizer": str(tokenizer_file)} | flags), print)
+
+
+def test_a_weight_that_leaves_no_record_is_told_as_the_reason(run, tmp_path, tokenizer_file):
+    run.write("a.jsonl", [dialog("Hi", "Yes.")])
+    with pytest.raises(DataError, match="nothing to learn from: their weights leave no record"):
+        read_data(TrainConfig(data=("a.jsonl:0.001",), tokenizer=str(tokenizer_file)), print)
 
 
 def test_data_errors_of_reading_name_the_file_of_against(run, capsys, tmp_path):

@@ -806,7 +806,7 @@ def test_a_run_is_not_resumed_on_other_records(base):
     whole, file = run(base), base / "data.jsonl"
     records, resume = file.read_text(), {"resume": True, "output_dir": str(taken_back(base / "run", 4))}
     file.write_text(records + '{"prompt": "Where?", "response": "Mira."}\n')
-    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now: resume it with those"):
+    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now, or .*: resume it with those"):
         train(complete(resume))
     file.write_text(records)
     assert losses(train(complete(resume))) == losses(whole)
@@ -930,6 +930,15 @@ def test_two_runs_cannot_be_at_work_in_one_folder(base):
             process.kill()
     assert (base / "run" / "run.json").read_bytes() == before
     assert losses(run(base, resume=True)) == losses(run(base, "whole"))
+
+
+def test_a_run_that_is_refused_does_not_take_the_folder_from_under_the_one_that_is_still_reading_its_data(base):
+    with folder_script.alone_in(base / "run", SimpleNamespace(first=True)):
+        for _ in range(2):
+            with pytest.raises(RunError, match="another run is at work in"):
+                run(base)
+        assert (base / "run").is_dir()
+    assert not (base / "run").exists()
 
 
 def test_weights_that_are_cut_short_are_refused_before_the_data_is_read(base):
