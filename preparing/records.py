@@ -6,10 +6,11 @@ what it becomes, and which template its kind is written for:
     --source, --target, --system      whatever these flags name
     messages                          roles and contents as they are; what `data.py prepare` writes
     conversations, items              ShareGPT's "from" and "value"
-    a pair of PAIRS                   a prompt and its reply, with a system message or an input where there is one
-    text, input with markers          conversations written out as one text: guanaco's, human_bot's
+    a pair of PAIRS                   a prompt and its reply, with an input where there is one
+    text, input with markers          conversations written out as one text: guanaco's, human_bot's, Llama 2's
     text                              raw text
 
+A field `system` is the system message of those of the middle three that have none of their own.
 A record that is none of these, or not what it looks like, is an error with file, line and reason, never skipped in silence.
 """
 
@@ -132,19 +133,25 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         first = [{"role": "system", "content": text(before)}] if before and holds(before) else []
         return [*first, {"role": "user", "content": text(prompt), **more}, {"role": "assistant", "content": text(reply)}]
 
+    def conversation(turns, field):
+        dialog = _checked_messages(turns, field)
+        apart = holds("system") and dialog[0]["role"] != "system"
+        return [{"role": "system", "content": text("system")}, *dialog] if apart else dialog
+
     if source is not None:
         if system is not None:
             text(system)
         return "llama2", pair(source, target, system)
     if "messages" in record:  # no_robots, and what `prepare` writes
         kind = record.get("kind")
-        return kind if isinstance(kind, str) and kind in KINDS else "llama2", _checked_messages(record["messages"])
+        return kind if isinstance(kind, str) and kind in KINDS else "llama2", conversation(record["messages"], "messages")
     for field in ("conversations", "items"):  # ShareGPT, openchat_sharegpt4
         if field in record:
             turns = record[field]
             if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-                turns = [{"role": _ROLES.get(str(t.get("from")), t.get("from")), "content": t.get("value")} for t in turns]
-            return "llama2", _checked_messages(turns, field)
+                turns = [(t.get("from", t.get("role")), t.get("value", t.get("content"))) for t in turns]
+                turns = [{"role": _ROLES.get(str(role), role), "content": content} for role, content in turns]
+            return "llama2", conversation(turns, field)
     if "instances" in record:  # Alpaca's seed tasks
         one = record["instances"]
         if not isinstance(one, list) or len(one) != 1 or not isinstance(one[0], dict):
@@ -157,7 +164,7 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
     for kind, prompt, reply, before, extra in PAIRS:
         if prompt in record and reply in record:
             more = {"input": text(extra)} if holds(extra) else {}
-            return kind, pair(prompt, reply, next(filter(holds, before), None), **more)
+            return kind, pair(prompt, reply, next(filter(holds, (*before, "system")), None), **more)
     for field in ("text", "input"):
         for kind, marker in _FLAT.items() if isinstance(record.get(field), str) else ():
             parts = marker.split(record[field].strip())
@@ -167,12 +174,31 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
                 if len(turns) > 1 and turns[-1] == {"role": "user", "content": ""}:
                     del turns[-1]  # "<human>:" at the end only says that the reply is over
                 return kind, _checked_messages(turns, field)
+    if isinstance(record.get("text"), str) and (turns := _llama2_turns(record["text"])):
+        return "llama2", _checked_messages(turns, "text")
     if "text" in record:
         return "text", [{"role": "text", "content": text("text")}]
     raise DataError(
         f"no known fields among {', '.join(map(str, record)) or '(none)'}: known are messages; instruction, input, output; "
         "prompt, response; text; or name two with --source and --target (README.md lists all)"
     )
+
+
+def _llama2_turns(text: str) -> list[dict]:
+    """The messages of a text that is written out for Llama 2 already, "<s>[INST] question [/INST] reply </s>...", else none:
+    learned as it stands, its <s> and </s> would be letters."""
+    before, *parts = re.split(r"(?:<s>)?\s*\[INST\]", text)
+    if before.strip() or not parts:
+        return []
+    turns = []
+    for part in parts:
+        user, _, reply = part.partition("[/INST]")
+        if not turns and (system := re.fullmatch(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", user, re.S)):
+            turns, user = [{"role": "system", "content": system[1].strip()}], system[2]
+        turns.append({"role": "user", "content": user.strip()})
+        if reply := reply.strip().removesuffix("</s>").strip():
+            turns.append({"role": "assistant", "content": reply})
+    return turns
 
 
 def _checked_messages(messages, field: str = "messages") -> list[dict]:

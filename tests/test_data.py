@@ -563,6 +563,23 @@ NAMED = {  # name in REFERENCE's table: a record, the dialog it is, and the temp
         [{"role": "user", "content": "Hi", "input": "x"}, {"role": "assistant", "content": "Yo"}],
         "alpaca",
     ),
+    "conversations of roles": ({"conversations": turn("Hi", "Yo"), "system": "Be brief."}, BRIEF + turn("Hi", "Yo"), "llama2"),
+    "a system message beside": ({"system": "Be brief.", "messages": BRIEF + turn("Hi")}, BRIEF + turn("Hi"), "llama2"),
+    "a system message before a pair": (
+        {"system": "Be brief.", "instruction": "Hi", "output": "Yo"},
+        BRIEF + turn("Hi", "Yo"),
+        "alpaca",
+    ),
+    "written for Llama 2": (
+        {"text": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yo </s><s>[INST] Bye\n[/INST]Take care.</s>"},
+        BRIEF + turn("Hi", "Yo", "Bye", "Take care."),
+        "llama2",
+    ),
+    "text that speaks of Llama 2": (
+        {"text": "Write [INST] Hi [/INST]."},
+        [{"role": "text", "content": "Write [INST] Hi [/INST]."}],
+        "text",
+    ),
     "text": ({"text": "Once. ### Human: said it."}, [{"role": "text", "content": "Once. ### Human: said it."}], "text"),
 }
 
