@@ -23,7 +23,7 @@ from torch import nn
 from model import CheckpointError, Llama, ModelConfig
 from quant import NF4Linear
 from weights.bitsandbytes import from_bitsandbytes, rows_after
-from weights.names import FROM_HF, from_hf, rename
+from weights.names import FROM_HF, TO_HF, from_hf, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sizes
@@ -52,6 +52,8 @@ def _read_json(path: Path) -> dict:
 
 def _meta_config(folder: Path) -> ModelConfig:
     p = _read_json(folder / "params.json")
+    if p.get("use_scaled_rope"):  # Llama 3.1's; in config.json it is a rope_scaling
+        raise CheckpointError(f"{folder / 'params.json'}: use_scaled_rope is not Llama 2's, and this model does not have it")
     try:
         vocab_size = p.get("vocab_size", -1)
         if vocab_size == -1:  # Meta left it to the tokenizer; the head's rows, spread over the shards, say the same
@@ -85,6 +87,9 @@ def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None
 def _hf_config(path: Path) -> ModelConfig:
     p = _read_json(path)
     rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5 keeps theta in here as well
+    packing = p.get("quantization_config") or {}
+    if not isinstance(rope, dict) or not isinstance(packing, dict):
+        raise CheckpointError(f"{path}: rope_scaling or quantization_config is not named fields")
     refused = {
         "model_type": p.get("model_type", "llama") != "llama",
         "hidden_act": p.get("hidden_act", "silu") != "silu",
@@ -97,7 +102,6 @@ def _hf_config(path: Path) -> ModelConfig:
         if bad:
             found = rope if field == "rope_scaling" else p.get(field)
             raise CheckpointError(f"{path}: {field} = {found!r} is not Llama 2's, and this model does not have it")
-    packing = p.get("quantization_config") or {}
     if packing and not (packing.get("load_in_4bit") and packing.get("bnb_4bit_quant_type") == "nf4"):
         method = packing.get("quant_method", "an unnamed method")
         bits = ", in 8 bits" if packing.get("load_in_8bit") else ""
@@ -176,17 +180,17 @@ def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tens
 
 def _open_hf(folder: Path) -> dict:
     """Every tensor of a Hugging Face folder by its name there, as a function that reads it."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index_name).is_file():
-            weight_map = _read_json(folder / index_name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index_name} has no weight_map of tensors to files")
-            files = sorted(set(weight_map.values()))
-            break
-    else:
-        files = [f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()][:1]
+    # In transformers' order: of a folder saved into twice it is the same files that are read here and there.
+    kinds = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    files = [file for file in kinds if (folder / file).is_file()][:1]
     if not files:
         raise CheckpointError(f"{folder} has config.json but neither *.safetensors nor pytorch_model*.bin beside it")
+    if files[0].endswith(".index.json"):
+        index = folder / files[0]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files")
+        files = sorted(set(weight_map.values()))
     readers = {}
     for path in (folder / file for file in files):
         if path.suffix == ".safetensors":
@@ -197,9 +201,16 @@ def _open_hf(folder: Path) -> dict:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read, it may be cut short: {error}") from None
             names = file.keys()
-            readers |= {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
+            more = {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
         else:
-            readers |= {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
+            more = {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
+        for name in more:
+            if name in readers:
+                raise CheckpointError(f"{folder}: {name} stands in two files, {path.name} and one before it")
+            theirs = rename(rename(name, FROM_HF), TO_HF)
+            if theirs != name:  # Meta's names, say: whose order of rows would it be?
+                raise CheckpointError(f"{path}: {name} is called {theirs} in Hugging Face's format, which config.json stands for")
+        readers |= more
     return readers
 
 
@@ -250,6 +261,8 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
         tensor = read(name)
         if not isinstance(tensor, dict) and tensor.shape != shapes[name]:
             raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
+        if not isinstance(tensor, dict) and not tensor.is_floating_point():  # codes, whose scales are not here
+            raise CheckpointError(f"{path}: {name} holds {str(tensor.dtype)[6:]}, not weights in floating point")
         return tensor
 
     return {name: lambda name=name: checked(name) for name in shapes}
@@ -290,7 +303,8 @@ def load_model(
                 model.set_submodule(path_to, quantize(weight.to(device)))
             else:
                 # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
+                rows = torch.contiguous_format  # a .bin may hold a transposed view, which an optimizer would not take as flat
+                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True, memory_format=rows)))
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}") from None
 
