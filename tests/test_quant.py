@@ -677,12 +677,19 @@ def test_a_model_saved_in_4_bits_answers_and_trains_as_the_one_quantised_while_l
     assert losses[0] == losses[1]
 
 
+def test_a_4_bit_save_of_rows_that_are_no_whole_blocks_names_the_weight(tiny_llama, tmp_path):
+    save_hf(tiny_llama(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"layers.0.attention.wq.weight has rows of 32 numbers"):
+        save_hf(load_model(tmp_path / "base", quantize=NF4Linear), tmp_path / "packed")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--quantize", "int8", "--save", "x"], "--save has no layout for int8"),
         (["--adapter", "runs/lora", "--save", "x"], "--save writes a model without an adapter"),
         (["--save", "."], "--save . exists already: name a new folder"),
+        (["--save", ""], "--save  exists already: name a new folder"),
     ],
 )
 def test_a_save_that_cannot_be_is_refused(flags, sentence, monkeypatch, capsys):

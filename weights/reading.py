@@ -132,7 +132,7 @@ def _hf_config(path: Path) -> ModelConfig:
 # The files
 
 
-def _open_torch(path: Path) -> dict[str, torch.Tensor]:
+def open_torch(path: Path) -> dict[str, torch.Tensor]:
     """A .pth or .bin as a dictionary of tensors, memory-mapped. weights_only: a pickle can run any code, so none is let run."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -161,7 +161,7 @@ def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
     for i, path in enumerate(paths):
         if path.name != f"consolidated.{i:02d}.pth":
             raise CheckpointError(f"{folder / f'consolidated.{i:02d}.pth'} is missing: found {', '.join(p.name for p in paths)}")
-    return [_open_torch(path) for path in paths]
+    return [open_torch(path) for path in paths]
 
 
 def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
@@ -203,7 +203,7 @@ def _open_hf(folder: Path) -> dict:
             names = file.keys()
             more = {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
         else:
-            more = {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
+            more = {name: lambda tensor=tensor: tensor for name, tensor in open_torch(path).items()}
         for name in more:
             if name in readers:
                 raise CheckpointError(f"{folder}: {name} stands in two files, {path.name} and one before it")
