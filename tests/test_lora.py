@@ -340,6 +340,14 @@ def test_what_peft_wrote_is_what_we_write(name, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_copies_that_peft_adds_may_be_of_another_format(dtype):
+    """The adapter was trained on the base as it was loaded there. adapter_wide holds its embedding and head in fp32."""
+    copies = [name for name in load_file(GOLDEN / "adapter_wide" / "adapter_model.safetensors") if "base_layer" in name]
+    assert len(copies) == 2
+    open_adapter(load_model(GOLDEN / "model", dtype=dtype), GOLDEN / "adapter_wide")
+
+
 def test_an_adapter_in_a_bin_is_read_as_one_in_safetensors(tiny_llama, tmp_path):
     """So PEFT wrote them in its first year."""
     saved = make_adapter(tiny_llama(), tmp_path)
@@ -520,6 +528,18 @@ BROKEN = {  # what is done to the folder: the words that the error must hold
     "an infinite scale": (edit_config(lora_alpha=math.inf), ["adapter_config.json", "lora_alpha = inf"]),
     "NaN": (edit_tensors(lambda t: t[f"{Q}lora_B.weight"].fill_(math.nan)), ["q_proj.lora_B", "finite"]),
     "codes": (edit_tensors(lambda t: t.update({f"{Q}lora_B.weight": torch.ones(32, 4).char()})), ["q_proj.lora_B", "int8"]),
+    "a head of another base": (
+        edit_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(96, 32)})),
+        ["output.base_layer", "another base model"],
+    ),
+    "an embedding of another size": (
+        edit_tensors(lambda t: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(97, 32)})),
+        ["tok_embeddings.base_layer", "another base model"],
+    ),
+    "a copy of what has none": (
+        edit_tensors(lambda t: t.update({f"{Q}base_layer.weight": torch.ones(32, 32)})),
+        ["wq.base_layer"],
+    ),
     "a tensor twice, once by a name without model.": (
         edit_tensors(lambda t: t.update({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)})),
         ["layers.0.self_attn.q_proj.lora_A", "twice"],

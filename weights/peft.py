@@ -56,7 +56,9 @@ def save_adapter(model: nn.Module, path, to_hf, *, base_model: str, rank, alpha,
 
 
 def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
-    """An adapter's configuration and its tensors by their names here. Raises LoRAError for what is missing, broken, not LoRA."""
+    """An adapter's configuration and its tensors by their names here; `output.base_layer` is a copy that PEFT adds, see below.
+
+    Raises LoRAError for what is missing, broken, not LoRA."""
     path = Path(path)
     try:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -93,11 +95,9 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
             raise LoRAError(f"{path / 'adapter_config.json'}: {field} = {config.get(field)!r} is not plain LoRA")
     tensors = {}
     for name, tensor in stored.items():
-        if name.endswith(".base_layer.weight"):  # PEFT adds a copy of the frozen embedding when that has an adapter
-            continue
         name = name.removeprefix("base_model.model.").replace("lora_embedding_", "lora_")
         name = name.removesuffix(".weight")
-        if not name.endswith((".lora_A", ".lora_B")):  # whole weights, or another method's
+        if not name.endswith((".lora_A", ".lora_B", ".base_layer")):  # whole weights, or another method's
             raise LoRAError(f"{path / 'adapter_model.safetensors'}: {name} is not plain LoRA")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise LoRAError(f"the adapter in {path}: {name} ({str(tensor.dtype)[6:]}) is not all finite floating-point numbers")
@@ -120,6 +120,12 @@ def load_adapter(model: nn.Module, path, from_hf) -> nn.Module:
     from_hf(name, tensor) is the inverse of save_adapter's to_hf. The whole model is frozen but for the adapter."""
     config, tensors = read_adapter(path, from_hf)
     model.requires_grad_(False)
+    for name in [name for name in tensors if name.endswith(".base_layer")]:
+        # PEFT adds a copy of the frozen embedding or head that has an adapter: it must be this model's, but for its format.
+        copy, base = tensors.pop(name), getattr(model, name.removesuffix(".base_layer"), None)
+        weight = base and (base.dequantize(copy.dtype) if hasattr(base, "dequantize") else base.weight).to(copy)
+        if weight is None or copy.shape != weight.shape or not torch.allclose(copy, weight, rtol=2**-6, atol=1e-5):
+            raise LoRAError(f"the adapter in {path}: {name} is not what this model has there; another base model?")
     options = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config.get("use_rslora", False)
     for module in sorted({name.rsplit(".", 1)[0] for name in tensors}):
         try:
