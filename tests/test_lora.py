@@ -514,6 +514,10 @@ BROKEN = {  # what is done to the folder: the words that the error must hold
     "no rank": (drop_field("r"), ["adapter_config.json", "r"]),
     "no alpha": (drop_field("lora_alpha"), ["adapter_config.json", "lora_alpha"]),
     "not LoRA": (edit_config(peft_type="IA3"), ["peft_type", "IA3"]),
+    "not LoRA, without a rank": (
+        lambda p: (edit_config(peft_type="IA3")(p), drop_field("r")(p)),
+        ["peft_type", "IA3"],
+    ),
     "DoRA": (edit_config(use_dora=True), ["use_dora"]),
     "bias": (edit_config(bias="all"), ["bias", "all"]),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), ["modules_to_save", "lm_head"]),

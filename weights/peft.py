@@ -69,14 +69,8 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
         raise LoRAError(f"no adapter in {path}: {Path(error.filename or 'adapter_model.safetensors').name} is missing") from None
     except (ValueError, SafetensorError) as error:
         raise LoRAError(f"the adapter in {path} cannot be read, it may be cut short: {error}") from None
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config, dict) or field not in config:
-            raise LoRAError(f"{path / 'adapter_config.json'} lacks {field}")
-    r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
-    numbers = isinstance(r, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float)
-    if not (numbers and r >= 1 and math.isfinite(alpha) and 0 <= dropout <= 1):
-        found = f"r = {r!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}"
-        raise LoRAError(f"{path / 'adapter_config.json'}: {found} are not a rank, a finite number and a share")
+    if not isinstance(config, dict):
+        raise LoRAError(f"{path / 'adapter_config.json'} holds a {type(config).__name__}, not named fields")
     began = str(config.get("init_lora_weights")).lower()
     unsupported = {
         "peft_type": config.get("peft_type") != "LORA",
@@ -93,6 +87,14 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
     for field, bad in unsupported.items():
         if bad:
             raise LoRAError(f"{path / 'adapter_config.json'}: {field} = {config.get(field)!r} is not plain LoRA")
+    for field in ("r", "lora_alpha"):
+        if field not in config:
+            raise LoRAError(f"{path / 'adapter_config.json'} lacks {field}")
+    r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+    numbers = isinstance(r, int) and isinstance(alpha, int | float) and isinstance(dropout, int | float)
+    if not (numbers and r >= 1 and math.isfinite(alpha) and 0 <= dropout <= 1):
+        found = f"r = {r!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}"
+        raise LoRAError(f"{path / 'adapter_config.json'}: {found} are not a rank, a finite number and a share")
     tensors = {}
     for name, tensor in stored.items():
         name = name.removeprefix("base_model.model.").replace("lora_embedding_", "lora_")
