@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model import CheckpointError, Llama, ModelConfig
-from quant import NF4Linear
+from quant import NF4Linear, dequantize_nf4
 from weights.bitsandbytes import from_bitsandbytes, rows_after
 from weights.names import FROM_HF, TO_HF, from_hf, rename
 
@@ -281,7 +281,7 @@ def load_model(
     Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
     quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
     whole model never exists in 16 bits; embedding, norms and head stay in `dtype`. NF4Linear also takes what bitsandbytes packed
-    in 4 bits, bits unchanged.
+    in 4 bits, bits unchanged; linears that such a checkpoint has in 16 bits then stay so.
     each_part(model, name): called when a block ("layers.3") is in place, and at the end for the rest (""), so that a block can
     be cut into shards before the next is read.
     Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
@@ -289,6 +289,8 @@ def load_model(
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
     readers = open_checkpoint(path, config)
+    # What a checkpoint in 4 bits has in 16 was left so on purpose, as too much would be lost.
+    in_4_bits = not (Path(path) / "params.json").is_file() and _read_json(Path(path) / "config.json").get("quantization_config")
 
     def place(name):
         path_to, leaf = name.rsplit(".", 1)
@@ -298,8 +300,12 @@ def load_model(
                 if not issubclass(quantize or nn.Linear, NF4Linear):
                     raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
                 rows = rows_after(from_hf, name, module.weight.shape[0], config)
-                model.set_submodule(path_to, quantize(from_bitsandbytes(weight, module.weight.shape, rows, device)))
-            elif quantize and isinstance(module, nn.Linear) and module is not model.output:
+                packed = from_bitsandbytes(weight, module.weight.shape, rows, device)
+                if module is model.output:  # which is in 16 bits here
+                    module.weight = nn.Parameter(dequantize_nf4(packed, dtype))
+                else:
+                    model.set_submodule(path_to, quantize(packed))
+            elif quantize and isinstance(module, nn.Linear) and module is not model.output and not in_4_bits:
                 model.set_submodule(path_to, quantize(weight.to(device)))
             else:
                 # copy: a tensor that needed no cast would stay a view of the file, which may change or go

@@ -93,7 +93,11 @@ def save_hf(
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (path / "model.safetensors.index.json").write_text(text + "\n")
-    (path / "config.json").write_text(json.dumps(hf_fields(config, dtype, bool(packed)), indent=2) + "\n")
+    fields = hf_fields(config, dtype, bool(packed))
+    if packed:  # transformers packs what is not named here, and of the head it knows
+        plain = [rename(name, TO_HF)[:-7] for name, weight in weights.items() if name.startswith("layers.") and weight.dim() > 1]
+        fields["quantization_config"] |= {"llm_int8_skip_modules": ["lm_head", *plain]} if plain else {}
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def hf_fields(config: ModelConfig, dtype: torch.dtype, packed: bool) -> dict:
