@@ -22,7 +22,8 @@ def merge(voices: list[Voice], config: GenerateConfig) -> None:
     """--merge: merge the adapter, write a Hugging Face model and the tokenizer into a new folder, say the largest change of a
     logit.
 
-    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep their format."""
+    A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep the format they were
+    loaded in (--dtype: of fp16 or bf16 files too, auto is fp32 on a CPU)."""
     model = voices[-1].model
     quantised = any(hasattr(module, "dequantized") for module in model.modules())
     tokens = torch.arange(3, min(259, model.config.vocab_size), device=model.norm.weight.device)  # any will do

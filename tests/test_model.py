@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -868,6 +869,11 @@ META = {  # what is done to a folder of four shards: the words that the error mu
     "first shard missing": (lambda p: (p / "consolidated.00.pth").unlink(), ["consolidated.00.pth"]),
     "middle shard missing": (lambda p: (p / "consolidated.01.pth").unlink(), ["consolidated.01.pth"]),
     "last shard missing": (lambda p: (p / "consolidated.03.pth").unlink(), ["tok_embeddings.weight", "3 shards"]),
+    "shard twice": (lambda p: shutil.copyfile(p / "consolidated.01.pth", p / "consolidated.02.pth"), ["hold the same", "copy"]),
+    "whole model over shards": (
+        lambda p: torch.save({n: w.detach() for n, w in load_model(p).named_parameters()}, p / "consolidated.00.pth"),
+        ["4 shards", "left from another download"],
+    ),
     "shard cut short": (lambda p: cut(p / "consolidated.02.pth"), ["consolidated.02.pth"]),
     "shard cut to its first bytes": (lambda p: cut(p / "consolidated.02.pth", 0.01), ["consolidated.02.pth"]),
     "shard empty": (lambda p: cut(p / "consolidated.02.pth", 0), ["consolidated.02.pth"]),

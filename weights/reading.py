@@ -13,7 +13,7 @@ import copy
 import json
 import pickle
 import zipfile
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -167,14 +167,17 @@ def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
 def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Meta's model-parallel shards as one tensor. Each matrix was cut along the axis that its layer splits the work by
     (wq, wk, wv, w1, w3, output by rows; wo, w2, tok_embeddings by columns); norms are whole in every shard."""
-    if len(parts) == 1 or parts[0].shape == shape:
+    if len(parts) == 1 or (len(shape) == 1 and parts[0].shape == shape):
         return parts[0]
+    if any(torch.equal(a, b) for a, b in pairwise(parts)):
+        raise CheckpointError(f"{name}: two neighbouring shards hold the same; is one consolidated.*.pth a copy of another?")
     for axis in range(len(shape)):
         others = [p.shape[:axis] + p.shape[axis + 1 :] for p in parts]
         if all(o == shape[:axis] + shape[axis + 1 :] for o in others) and sum(p.shape[axis] for p in parts) == shape[axis]:
             return torch.cat(parts, dim=axis)
     raise CheckpointError(
-        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing?"
+        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing, "
+        "or left from another download?"
     )
 
 
