@@ -21,7 +21,7 @@ Three choices keep this file short:
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 
@@ -52,6 +52,10 @@ class ModelConfig:
     max_seq_len: int = 4096  # the window the weights were trained with; nothing is allocated for it
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, field.type | int) or value <= 0:
+                raise TypeError(f"{field.name} is {value!r}")
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise CheckpointError(
                 f"dim {self.dim} must divide into n_heads {self.n_heads} heads of even size, "

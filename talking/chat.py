@@ -60,7 +60,7 @@ def pick(config: GenerateConfig):
     if config.save and config.quantize == "int8":
         raise DataError("--save has no layout for int8: take --quantize nf4, or none")
     for flag in ("merge", "save"):
-        if getattr(config, flag) and Path(getattr(config, flag)).exists():
+        if flag in given and Path(getattr(config, flag)).exists():
             raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
     if config.merge or config.save:
         return merge if config.merge else save

@@ -23,9 +23,12 @@ from talking.cpu import CPULinear, order_for_cpu, outgrows_cache
 def _read_json(path: Path) -> dict:
     """What the file holds; nothing if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{path} holds a {type(fields).__name__}, not named fields")
+    return fields
 
 
 class Voice(NamedTuple):
@@ -87,15 +90,19 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
         raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
     if base is None and adapter:
         base = run.get("base_model") or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not base:
+        if not isinstance(base, str) or not base:
             raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
         if not Path(base).is_dir():
             raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
     base = Path(base or TINY)
     read_config(base)  # says so if there is no model
-    if run and not (config.template or run.get("template")):
+    if run and not (config.template or (run.get("template") and isinstance(run["template"], str))):
         raise DataError(f"{folder / 'run.json'} does not say which template was trained: name it with --template")
     template, _ = load_template(config.template or run.get("template", "llama2"))
     folders = [place for place in (folder, base) if (place / "tokenizer.model").is_file()]
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
-    return base, config.quantize or run.get("settings", {}).get("quantize", "none"), tokenizer, template
+    settings = run.get("settings")
+    quantize = config.quantize or (settings.get("quantize", "none") if isinstance(settings, dict) else "none")
+    if quantize not in QUANTIZERS:
+        raise DataError(f"{folder / 'run.json'}: quantize is {quantize!r}; known are {', '.join(QUANTIZERS)}")
+    return base, quantize, tokenizer, template

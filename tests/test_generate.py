@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -654,6 +655,24 @@ def test_a_settings_file_that_is_cut_short_is_refused_by_name(adapter, name):
         load(config(adapter=adapter))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("run.json", "[1]", r"run\.json holds a list"),
+        ("run.json", '{"template": 5}', "does not say which template"),
+        ("run.json", '{"template": "llama2", "base_model": 5}', "does not say which model"),
+        ("run.json", '{"template": "llama2", "settings": {"quantize": "fp3"}}', "quantize is 'fp3'; known are none, int8, nf4"),
+        ("adapter_config.json", "[]", r"adapter_config\.json holds a list"),
+    ],
+)
+def test_a_settings_file_of_the_wrong_kind_is_refused_by_name(adapter, name, text, sentence):
+    if name == "adapter_config.json":
+        (adapter / "run.json").unlink()
+    (adapter / name).write_text(text)
+    with pytest.raises(DataError, match=sentence):
+        load(GenerateConfig(adapter=(str(adapter),)))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tokenizer_file, tmp_path):
     save_hf(tiny_llama(), tmp_path)
     with pytest.raises(DataError, match=r"the tokenizer has 340 tokens, the model in .* knows 96"):
@@ -739,6 +758,35 @@ def test_transformers_asks_a_merged_model_as_it_is_asked_here(run, adapter, toke
     chat = [{"role": "user", "content": "Where does Mira live?"}]
     asked = theirs.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert asked == encode_dialog(chat, tokenizer, TEMPLATES["alpaca"])[0]  # the adapter's
+
+
+def test_a_merge_touches_nothing_beside_it_and_leaves_nothing_when_it_fails(run, adapter, tmp_path, monkeypatch):
+    """An index of an earlier save would be read instead of the weights; what somebody keeps in merged.tmp is theirs."""
+    (tmp_path / "merged.tmp").mkdir()
+    (tmp_path / "merged.tmp" / "model.safetensors.index.json").write_text("{}")
+    before = sorted(tmp_path.iterdir())
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("talking.merge.write_chat_template", full)
+        code, _, error = run("--adapter", adapter, "--merge", tmp_path / "merged")
+    assert (code, sorted(tmp_path.iterdir())) == (2, before) and "No space left" in error
+    assert run("--adapter", adapter, "--merge", tmp_path / "merged")[0] == 0
+    written = ["config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == written
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "merged"])
+    assert (tmp_path / "merged").stat().st_mode == (tmp_path / "merged.tmp").stat().st_mode
+
+
+def test_a_merge_whose_logits_are_not_finite_is_refused(run, adapter, tmp_path):
+    """fp16 ends at 65,504, and what is beyond becomes infinity in the file."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: weight * 1e4 for name, weight in load_file(file).items()}, file)
+    code, _, error = run("--adapter", adapter, "--dtype", "fp16", "--merge", tmp_path / "merged")
+    assert code == 2 and "in float16 the merged model's logits are not finite" in error
+    assert not (tmp_path / "merged").exists()
 
 
 USER, REPLY = (

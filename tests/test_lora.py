@@ -340,6 +340,26 @@ def test_what_peft_wrote_is_what_we_write(name, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_copies_that_peft_adds_may_be_of_another_format(dtype):
+    """The adapter was trained on the base as it was loaded there. adapter_wide holds its embedding and head in fp32."""
+    copies = [name for name in load_file(GOLDEN / "adapter_wide" / "adapter_model.safetensors") if "base_layer" in name]
+    assert len(copies) == 2
+    open_adapter(load_model(GOLDEN / "model", dtype=dtype), GOLDEN / "adapter_wide")
+
+
+def test_an_adapter_in_a_bin_is_read_as_one_in_safetensors(tiny_llama, tmp_path):
+    """So PEFT wrote them in its first year."""
+    saved = make_adapter(tiny_llama(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    assert torch.equal(open_adapter(tiny_llama(), tmp_path)(TOKENS), saved(TOKENS))
+    cut("adapter_model.bin")(tmp_path)
+    with pytest.raises(LoRAError, match=r"adapter_model.bin.*cut short"):
+        open_adapter(tiny_llama(), tmp_path)
+
+
 def test_row_order_of_q_and_k_matters():
     """Control: the adapter taken over without the reorder gives other logits, so the tests above see it."""
     model = load_model(GOLDEN / "model")
@@ -401,6 +421,50 @@ def test_pefts_adapter_opens_here(targets, kv_heads, rslora, tiny_llama, tmp_pat
     assert (before - ours(TOKENS)).abs().max() > 0.05
 
 
+VARIANTS = {  # of PEFT's LoraConfig: whether it is read
+    "target_modules": (r".*\.1\.self_attn\.(q|k)_proj", True),
+    "exclude_modules": (["q_proj"], True),
+    "layers_to_transform": ([1], True),
+    "lora_alpha": (0.5, True),
+    "bias": ("all", False),
+    "use_dora": (True, False),
+    "lora_bias": (True, False),
+    "modules_to_save": (["lm_head"], False),
+    "rank_pattern": ({"q_proj": 2}, False),
+    "alpha_pattern": ({"q_proj": 2}, False),
+    "trainable_token_indices": ([3, 4], False),
+    "layer_replication": ([[0, 1], [0, 1]], False),
+    "alora_invocation_tokens": ([21, 70], False),
+    "init_lora_weights": ("gaussian", True),
+    "init_lora_weights orthogonal": ("orthogonal", True),
+    "init_lora_weights pissa": ("pissa", False),
+    "init_lora_weights olora": ("olora", False),
+}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_peft_gives_its_logits_or_is_refused(variant, tiny_llama, tmp_path):
+    """None may be read as if it were plain: the files look alike, and the logits would be others without a word."""
+    peft = pytest.importorskip("peft")
+    value, read = VARIANTS[variant]
+    ours = tiny_llama()
+    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]}
+    trained = peft.get_peft_model(hf_base(ours, tmp_path / "base"), peft.LoraConfig(**options | {variant.split()[0]: value}))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.15)
+    trained.save_pretrained(tmp_path / "adapter")
+    if not read:
+        with pytest.raises(LoRAError, match="is not plain LoRA"):
+            open_adapter(ours, tmp_path / "adapter")
+        return
+    theirs = peft.PeftModel.from_pretrained(hf_base(ours, tmp_path / "base"), tmp_path / "adapter").eval()
+    close(open_adapter(ours, tmp_path / "adapter")(TOKENS), theirs(TOKENS[None]).logits[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is broken is refused, by name
 
@@ -450,11 +514,44 @@ BROKEN = {  # what is done to the folder: the words that the error must hold
     "no rank": (drop_field("r"), ["adapter_config.json", "r"]),
     "no alpha": (drop_field("lora_alpha"), ["adapter_config.json", "lora_alpha"]),
     "not LoRA": (edit_config(peft_type="IA3"), ["peft_type", "IA3"]),
+    "not LoRA, without a rank": (
+        lambda p: (edit_config(peft_type="IA3")(p), drop_field("r")(p)),
+        ["peft_type", "IA3"],
+    ),
     "DoRA": (edit_config(use_dora=True), ["use_dora"]),
     "bias": (edit_config(bias="all"), ["bias", "all"]),
     "whole modules": (edit_config(modules_to_save=["lm_head"]), ["modules_to_save", "lm_head"]),
     "ranks by layer": (edit_config(rank_pattern={"q_proj": 2}), ["rank_pattern"]),
     "alphas by layer": (edit_config(alpha_pattern={"q_proj": 2}), ["alpha_pattern"]),
+    "weights of the base taken into A and B": (edit_config(init_lora_weights="pissa_niter_4"), ["init_lora_weights", "pissa"]),
+    "the same, by another method": (edit_config(init_lora_weights="olora"), ["init_lora_weights", "olora"]),
+    "layers in another order": (edit_config(layer_replication=[[0, 1], [0, 1]]), ["layer_replication"]),
+    "active behind some tokens only": (edit_config(alora_invocation_tokens=[21]), ["alora_invocation_tokens"]),
+    "a rank in words": (edit_config(r="8"), ["adapter_config.json", "r = '8'"]),
+    "no share dropped": (edit_config(lora_dropout=None), ["adapter_config.json", "lora_dropout = None"]),
+    "an infinite scale": (edit_config(lora_alpha=math.inf), ["adapter_config.json", "lora_alpha = inf"]),
+    "NaN": (edit_tensors(lambda t: t[f"{Q}lora_B.weight"].fill_(math.nan)), ["q_proj.lora_B", "finite"]),
+    "codes": (edit_tensors(lambda t: t.update({f"{Q}lora_B.weight": torch.ones(32, 4).char()})), ["q_proj.lora_B", "int8"]),
+    "a head of another base": (
+        edit_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(96, 32)})),
+        ["output.base_layer", "another base model"],
+    ),
+    "an embedding of another size": (
+        edit_tensors(lambda t: t.update({"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(97, 32)})),
+        ["tok_embeddings.base_layer", "another base model"],
+    ),
+    "a copy of what has none": (
+        edit_tensors(lambda t: t.update({f"{Q}base_layer.weight": torch.ones(32, 32)})),
+        ["wq.base_layer"],
+    ),
+    "a tensor twice, once by a name without model.": (
+        edit_tensors(lambda t: t.update({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)})),
+        ["layers.0.self_attn.q_proj.lora_A", "twice"],
+    ),
+    "Meta's names": (
+        edit_tensors(lambda t: t.update({"base_model.model.layers.0.attention.wq.lora_A.weight": torch.ones(4, 32)})),
+        ["layers.0.attention.wq.lora_A", "Hugging Face's name"],
+    ),
     "another rank": (edit_config(r=8), ["lora_A", "(4, 32)", "(8, 32)"]),
     "A without B": (edit_tensors(lambda t: t.pop(f"{Q}lora_B.weight")), ["layers.0.attention.wq.lora_B", "missing"]),
     "no tensor at all": (edit_tensors(lambda t: t.clear()), ["adapter_model.safetensors"]),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -604,6 +605,41 @@ def test_every_hugging_face_format_loads(kind, sharded, tiny_llama, tmp_path):
     assert same(model, loaded) and loaded.config == model.config
 
 
+@pytest.mark.parametrize("stale", ["index of safetensors", "bin", "index of bin"])
+def test_of_a_folder_saved_into_twice_the_weights_are_those_transformers_takes(stale, tiny_llama, tmp_path):
+    """A save of one file over one of several leaves the old index; so does a save of safetensors over .bin."""
+    model, old = tiny_llama(), tiny_llama(seed=1)
+    save_hf(old, tmp_path, max_shard_bytes=10**9 if stale == "bin" else 30_000)
+    if stale != "index of safetensors":
+        as_bin(tmp_path, sharded=stale == "index of bin")
+    save_hf(model, tmp_path)
+    assert len(list(tmp_path.iterdir())) > 2
+    loaded = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_a_tensor_in_two_files_is_refused(tiny_llama, tmp_path):
+    """Which of the two is meant, nothing says: the last one read would win."""
+    save_hf(tiny_llama(), tmp_path, max_shard_bytes=30_000)
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    name, weight = next(iter(load_file(first).items()))
+    edit_weights(last, lambda w: w.update({name: weight + 1}))
+    refused(tmp_path, name, "two files", last.name)
+
+
+def test_a_transposed_view_in_a_bin_becomes_plain_rows(tiny_llama, tmp_path):
+    """The optimizers take a weight as flat, which a view in another order is not."""
+    model = tiny_llama()
+    save_hf(model, tmp_path)
+    weights = {
+        name: w.t().contiguous().t() if w.dim() == 2 else w for name, w in load_file(tmp_path / "model.safetensors").items()
+    }
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    for loaded, weight in zip(load_model(tmp_path).parameters(), model.parameters(), strict=True):
+        assert loaded.is_contiguous() and torch.equal(loaded, weight)
+
+
 def test_old_rope_tables_in_hugging_face_files_are_ignored(tiny_llama, tmp_path):
     model = tiny_llama()
     save_hf(model, tmp_path)
@@ -822,11 +858,22 @@ META = {  # what is done to a folder of four shards: the words that the error mu
     "params.json without a field": (lambda p: drop_json(p / "params.json", "norm_eps"), ["params.json", "norm_eps"]),
     "params.json with text for a number": (lambda p: edit_json(p / "params.json", dim="wide"), ["params.json"]),
     "params.json with no heads": (lambda p: edit_json(p / "params.json", n_heads=0), ["params.json"]),
+    "params.json with a fraction for a size": (lambda p: edit_json(p / "params.json", dim=32.0), ["params.json", "dim is 32.0"]),
+    "params.json without an epsilon": (
+        lambda p: edit_json(p / "params.json", norm_eps=None),
+        ["norm_eps is None"],
+    ),
+    "rope of Llama 3.1": (lambda p: edit_json(p / "params.json", use_scaled_rope=True), ["params.json", "use_scaled_rope"]),
     "params.json with heads that do not divide": (lambda p: edit_json(p / "params.json", n_heads=5), ["n_heads 5"]),
     "no weights": (lambda p: [f.unlink() for f in p.glob("*.pth")], ["consolidated.*.pth"]),
     "first shard missing": (lambda p: (p / "consolidated.00.pth").unlink(), ["consolidated.00.pth"]),
     "middle shard missing": (lambda p: (p / "consolidated.01.pth").unlink(), ["consolidated.01.pth"]),
     "last shard missing": (lambda p: (p / "consolidated.03.pth").unlink(), ["tok_embeddings.weight", "3 shards"]),
+    "shard twice": (lambda p: shutil.copyfile(p / "consolidated.01.pth", p / "consolidated.02.pth"), ["hold the same", "copy"]),
+    "whole model over shards": (
+        lambda p: torch.save({n: w.detach() for n, w in load_model(p).named_parameters()}, p / "consolidated.00.pth"),
+        ["4 shards", "left from another download"],
+    ),
     "shard cut short": (lambda p: cut(p / "consolidated.02.pth"), ["consolidated.02.pth"]),
     "shard cut to its first bytes": (lambda p: cut(p / "consolidated.02.pth", 0.01), ["consolidated.02.pth"]),
     "shard empty": (lambda p: cut(p / "consolidated.02.pth", 0), ["consolidated.02.pth"]),
@@ -891,6 +938,10 @@ HF = {
         hf_field(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
         ["rope", "llama3"],
     ),
+    "rope that is a word": (hf_field(rope_scaling="linear"), ["rope_scaling", "config.json"]),
+    "packing that is a word": (hf_field(quantization_config="nf4"), ["quantization_config", "config.json"]),
+    "no epsilon": (hf_field(rms_norm_eps=None), ["config.json", "norm_eps is None"]),
+    "a fraction for a size": (hf_field(vocab_size=96.0), ["config.json", "vocab_size is 96.0"]),
     "attention bias": (hf_field(attention_bias=True), ["attention_bias"]),
     "feed-forward bias": (hf_field(mlp_bias=True), ["mlp_bias"]),
     "tied embeddings": (hf_field(tie_word_embeddings=True), ["tie_word_embeddings"]),
@@ -906,6 +957,15 @@ HF = {
     "tensor of a wrong height": (
         edit_hf(lambda w: w.update({Q_PROJ: torch.ones(44, 32)})),
         ["wq.weight", "(44, 32)", "(32, 32)"],
+    ),
+    "tensor of integers": (edit_hf(lambda w: w.update({Q_PROJ: torch.ones(32, 32, dtype=torch.int8)})), ["wq.weight", "int8"]),
+    "tensor twice, once by a name without model.": (
+        edit_hf(lambda w: w.update({Q_PROJ.removeprefix("model."): torch.ones(32, 32)})),
+        [Q_PROJ, "layers.1.self_attn.q_proj.weight is called"],
+    ),
+    "tensor by Meta's name": (
+        edit_hf(lambda w: w.update({"layers.1.attention.wq.weight": w.pop(Q_PROJ)})),
+        [Q_PROJ, "layers.1.attention.wq.weight is called"],
     ),
     "tensor of one axis": (edit_hf(lambda w: w.update({Q_PROJ: torch.ones(3)})), ["wq.weight", "(3,)"]),
 }

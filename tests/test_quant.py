@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -568,8 +569,6 @@ def test_a_trained_model_packed_here_says_the_same_in_transformers(tmp_path):
 @pytest.mark.live
 def test_what_transformers_saves_in_4_bits_is_read_exactly_and_written_back_byte_for_byte(tiny_llama, tmp_path):
     transformers, functional = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes.functional")
-    from safetensors.torch import load_file
-
     save_hf(tiny_llama(**TORN).bfloat16(), tmp_path / "whole")
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16, quantization_config=how)
@@ -583,6 +582,37 @@ def test_what_transformers_saves_in_4_bits_is_read_exactly_and_written_back_byte
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("skipped", [["lm_head", "model.layers.1.mlp.down_proj"], ["nothing: the head is packed too"]])
+def test_which_linears_transformers_packed_is_kept_and_told_again(skipped, tiny_llama, tmp_path):
+    """A layer is left in 16 bits because too much would be lost: to pack it here all the same gives other logits."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
+    save_hf(tiny_llama(**SIZES), tmp_path / "whole")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    llama, tokens = transformers.AutoModelForCausalLM, torch.arange(3, 60)
+    theirs = llama.from_pretrained(tmp_path / "whole", dtype=torch.float32, quantization_config=how)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs", quantize=NF4Linear)
+    assert type(model.output) is nn.Linear and len(dequantised(model)) == 14 - (len(skipped) - 1)
+    save_hf(model, tmp_path / "again")
+    again = load_model(tmp_path / "again", quantize=NF4Linear)
+    there = llama.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    expected = theirs(tokens[None]).logits[0]
+    for logits in (model(tokens), again(tokens), there(tokens[None]).logits[0]):
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_linear_that_a_4_bit_folder_has_in_16_bits_stays_so(written):
+    folder, model = written()
+    name, linear = "model.layers.1.self_attn.o_proj.weight", model.layers[1].attention.wo
+    for file in folder.glob("*.safetensors"):
+        tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith(f"{name}.")}
+        save_file(tensors | ({name: linear.dequantize(torch.bfloat16)} if name in tensors else {}), file)
+    read = load_model(folder, dtype=torch.bfloat16, quantize=NF4Linear)
+    assert torch.equal(read.layers[1].attention.wo.weight, linear.dequantize(torch.bfloat16))
+    assert dequantised(read).keys() == dequantised(model).keys() - {"layers.1.attention.wo"}
 
 
 def without(part):
@@ -622,7 +652,6 @@ def with_other_levels(tensors):
     ],
 )
 def test_a_broken_4_bit_folder_is_refused_by_the_tensors_name(change, sentence, written):
-    from safetensors.torch import load_file, save_file
 
     folder, _ = written()
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -677,12 +706,19 @@ def test_a_model_saved_in_4_bits_answers_and_trains_as_the_one_quantised_while_l
     assert losses[0] == losses[1]
 
 
+def test_a_4_bit_save_of_rows_that_are_no_whole_blocks_names_the_weight(tiny_llama, tmp_path):
+    save_hf(tiny_llama(), tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"layers.0.attention.wq.weight has rows of 32 numbers"):
+        save_hf(load_model(tmp_path / "base", quantize=NF4Linear), tmp_path / "packed")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--quantize", "int8", "--save", "x"], "--save has no layout for int8"),
         (["--adapter", "runs/lora", "--save", "x"], "--save writes a model without an adapter"),
         (["--save", "."], "--save . exists already: name a new folder"),
+        (["--save", ""], "--save  exists already: name a new folder"),
     ],
 )
 def test_a_save_that_cannot_be_is_refused(flags, sentence, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import copy
 import json
 import pickle
 import zipfile
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model import CheckpointError, Llama, ModelConfig
-from quant import NF4Linear
+from quant import NF4Linear, dequantize_nf4
 from weights.bitsandbytes import from_bitsandbytes, rows_after
-from weights.names import FROM_HF, from_hf, rename
+from weights.names import FROM_HF, TO_HF, from_hf, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sizes
@@ -52,6 +52,8 @@ def _read_json(path: Path) -> dict:
 
 def _meta_config(folder: Path) -> ModelConfig:
     p = _read_json(folder / "params.json")
+    if p.get("use_scaled_rope"):  # Llama 3.1's; in config.json it is a rope_scaling
+        raise CheckpointError(f"{folder / 'params.json'}: use_scaled_rope is not Llama 2's, and this model does not have it")
     try:
         vocab_size = p.get("vocab_size", -1)
         if vocab_size == -1:  # Meta left it to the tokenizer; the head's rows, spread over the shards, say the same
@@ -85,6 +87,9 @@ def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None
 def _hf_config(path: Path) -> ModelConfig:
     p = _read_json(path)
     rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5 keeps theta in here as well
+    packing = p.get("quantization_config") or {}
+    if not isinstance(rope, dict) or not isinstance(packing, dict):
+        raise CheckpointError(f"{path}: rope_scaling or quantization_config is not named fields")
     refused = {
         "model_type": p.get("model_type", "llama") != "llama",
         "hidden_act": p.get("hidden_act", "silu") != "silu",
@@ -97,7 +102,6 @@ def _hf_config(path: Path) -> ModelConfig:
         if bad:
             found = rope if field == "rope_scaling" else p.get(field)
             raise CheckpointError(f"{path}: {field} = {found!r} is not Llama 2's, and this model does not have it")
-    packing = p.get("quantization_config") or {}
     if packing and not (packing.get("load_in_4bit") and packing.get("bnb_4bit_quant_type") == "nf4"):
         method = packing.get("quant_method", "an unnamed method")
         bits = ", in 8 bits" if packing.get("load_in_8bit") else ""
@@ -128,7 +132,7 @@ def _hf_config(path: Path) -> ModelConfig:
 # The files
 
 
-def _open_torch(path: Path) -> dict[str, torch.Tensor]:
+def open_torch(path: Path) -> dict[str, torch.Tensor]:
     """A .pth or .bin as a dictionary of tensors, memory-mapped. weights_only: a pickle can run any code, so none is let run."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -157,36 +161,39 @@ def _open_meta(folder: Path) -> list[dict[str, torch.Tensor]]:
     for i, path in enumerate(paths):
         if path.name != f"consolidated.{i:02d}.pth":
             raise CheckpointError(f"{folder / f'consolidated.{i:02d}.pth'} is missing: found {', '.join(p.name for p in paths)}")
-    return [_open_torch(path) for path in paths]
+    return [open_torch(path) for path in paths]
 
 
 def _join(name: str, parts: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
     """Meta's model-parallel shards as one tensor. Each matrix was cut along the axis that its layer splits the work by
     (wq, wk, wv, w1, w3, output by rows; wo, w2, tok_embeddings by columns); norms are whole in every shard."""
-    if len(parts) == 1 or parts[0].shape == shape:
+    if len(parts) == 1 or (len(shape) == 1 and parts[0].shape == shape):
         return parts[0]
+    if any(torch.equal(a, b) for a, b in pairwise(parts)):
+        raise CheckpointError(f"{name}: two neighbouring shards hold the same; is one consolidated.*.pth a copy of another?")
     for axis in range(len(shape)):
         others = [p.shape[:axis] + p.shape[axis + 1 :] for p in parts]
         if all(o == shape[:axis] + shape[axis + 1 :] for o in others) and sum(p.shape[axis] for p in parts) == shape[axis]:
             return torch.cat(parts, dim=axis)
     raise CheckpointError(
-        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing?"
+        f"{name}: {len(parts)} shards of {tuple(parts[0].shape)} do not join to {tuple(shape)}; is a consolidated.*.pth missing, "
+        "or left from another download?"
     )
 
 
 def _open_hf(folder: Path) -> dict:
     """Every tensor of a Hugging Face folder by its name there, as a function that reads it."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index_name).is_file():
-            weight_map = _read_json(folder / index_name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index_name} has no weight_map of tensors to files")
-            files = sorted(set(weight_map.values()))
-            break
-    else:
-        files = [f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).is_file()][:1]
+    # In transformers' order: of a folder saved into twice it is the same files that are read here and there.
+    kinds = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    files = [file for file in kinds if (folder / file).is_file()][:1]
     if not files:
         raise CheckpointError(f"{folder} has config.json but neither *.safetensors nor pytorch_model*.bin beside it")
+    if files[0].endswith(".index.json"):
+        index = folder / files[0]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensors to files")
+        files = sorted(set(weight_map.values()))
     readers = {}
     for path in (folder / file for file in files):
         if path.suffix == ".safetensors":
@@ -197,9 +204,16 @@ def _open_hf(folder: Path) -> dict:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read, it may be cut short: {error}") from None
             names = file.keys()
-            readers |= {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
+            more = {name: lambda file=file, name=name: file.get_tensor(name) for name in names}
         else:
-            readers |= {name: lambda tensor=tensor: tensor for name, tensor in _open_torch(path).items()}
+            more = {name: lambda tensor=tensor: tensor for name, tensor in open_torch(path).items()}
+        for name in more:
+            if name in readers:
+                raise CheckpointError(f"{folder}: {name} stands in two files, {path.name} and one before it")
+            theirs = rename(rename(name, FROM_HF), TO_HF)
+            if theirs != name:  # Meta's names, say: whose order of rows would it be?
+                raise CheckpointError(f"{path}: {name} is called {theirs} in Hugging Face's format, which config.json stands for")
+        readers |= more
     return readers
 
 
@@ -250,6 +264,8 @@ def open_checkpoint(path, config: ModelConfig) -> dict:
         tensor = read(name)
         if not isinstance(tensor, dict) and tensor.shape != shapes[name]:
             raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
+        if not isinstance(tensor, dict) and not tensor.is_floating_point():  # codes, whose scales are not here
+            raise CheckpointError(f"{path}: {name} holds {str(tensor.dtype)[6:]}, not weights in floating point")
         return tensor
 
     return {name: lambda name=name: checked(name) for name in shapes}
@@ -268,7 +284,7 @@ def load_model(
     Each tensor is read through a memory map, cast to `dtype` and placed on `device` before the next is touched.
     quantize (quant.py's NF4Linear or Int8Linear): makes every linear of the blocks from its weight as the file has it, so the
     whole model never exists in 16 bits; embedding, norms and head stay in `dtype`. NF4Linear also takes what bitsandbytes packed
-    in 4 bits, bits unchanged.
+    in 4 bits, bits unchanged; linears that such a checkpoint has in 16 bits then stay so.
     each_part(model, name): called when a block ("layers.3") is in place, and at the end for the rest (""), so that a block can
     be cut into shards before the next is read.
     Raises CheckpointError naming the file or the tensor for anything missing, extra, broken or wrongly shaped."""
@@ -276,6 +292,8 @@ def load_model(
     with torch.device("meta"):  # shapes without storage
         model = Llama(config, attention)
     readers = open_checkpoint(path, config)
+    # What a checkpoint in 4 bits has in 16 was left so on purpose, as too much would be lost.
+    in_4_bits = not (Path(path) / "params.json").is_file() and _read_json(Path(path) / "config.json").get("quantization_config")
 
     def place(name):
         path_to, leaf = name.rsplit(".", 1)
@@ -285,12 +303,17 @@ def load_model(
                 if not issubclass(quantize or nn.Linear, NF4Linear):
                     raise ValueError("is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
                 rows = rows_after(from_hf, name, module.weight.shape[0], config)
-                model.set_submodule(path_to, quantize(from_bitsandbytes(weight, module.weight.shape, rows, device)))
-            elif quantize and isinstance(module, nn.Linear) and module is not model.output:
+                packed = from_bitsandbytes(weight, module.weight.shape, rows, device)
+                if module is model.output:  # which is in 16 bits here
+                    module.weight = nn.Parameter(dequantize_nf4(packed, dtype))
+                else:
+                    model.set_submodule(path_to, quantize(packed))
+            elif quantize and isinstance(module, nn.Linear) and module is not model.output and not in_4_bits:
                 model.set_submodule(path_to, quantize(weight.to(device)))
             else:
                 # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True)))
+                rows = torch.contiguous_format  # a .bin may hold a transposed view, which an optimizer would not take as flat
+                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True, memory_format=rows)))
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}") from None
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from helping.files import readable
-from model import Llama, ModelConfig
-from quant import NF4Linear
+from model import CheckpointError, Llama, ModelConfig
+from quant import NF4Linear, QuantError
 from weights.bitsandbytes import rows_after, to_bitsandbytes
 from weights.names import TO_HF, rename, to_hf
 from weights.reading import meta_hidden_dim
@@ -62,7 +62,10 @@ def save_hf(
             weight = whole(weights[name].detach())
             return dict([to_hf(name, weight.to("cpu", dtype), config)]) if write else {}
         module, hf_name = packed[name], rename(name, TO_HF)
-        parts = to_bitsandbytes(module.packed(), rows_after(to_hf, name, module.out_features, config), dtype)
+        try:
+            parts = to_bitsandbytes(module.packed(), rows_after(to_hf, name, module.out_features, config), dtype)
+        except QuantError as error:
+            raise CheckpointError(f"{name} {error}") from None
         return {hf_name if part == "weight" else f"{hf_name}.{part}": tensor for part, tensor in parts.items()}
 
     sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()} | parts_of
@@ -90,7 +93,11 @@ def save_hf(
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (path / "model.safetensors.index.json").write_text(text + "\n")
-    (path / "config.json").write_text(json.dumps(hf_fields(config, dtype, bool(packed)), indent=2) + "\n")
+    fields = hf_fields(config, dtype, bool(packed))
+    if packed:  # transformers packs what is not named here, and of the head it knows
+        plain = [rename(name, TO_HF)[:-7] for name, weight in weights.items() if name.startswith("layers.") and weight.dim() > 1]
+        fields["quantization_config"] |= {"llm_int8_skip_modules": ["lm_head", *plain]} if plain else {}
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def hf_fields(config: ModelConfig, dtype: torch.dtype, packed: bool) -> dict:
