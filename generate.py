@@ -114,18 +114,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,).
+    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,),
+    -1 where there is none to choose, as the logits are NaN.
 
     seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
     where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
     Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order."""
     logits = logits.float()
     if sampling.repetition_penalty != 1:
-        by = sampling.repetition_penalty
+        by = min(max(sampling.repetition_penalty, 1e-30), 1e30)  # beyond, 0 and infinity in fp32
         logits = torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits, ids = logits / sampling.temperature, None
+        return logits.argmax(-1).masked_fill(logits.amax(-1).isnan(), -1)
+    logits, ids = logits / max(sampling.temperature, 1e-30), None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
     probs = logits.softmax(-1)
@@ -135,8 +136,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: 
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
     # Laid end to end the probabilities make a line; the token is the one on whose stretch the draw falls.
     line = probs.cumsum(-1)
-    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:])
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:]).clamp(max=line.shape[-1] - 1)
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].masked_fill(line[:, -1].isnan(), -1)
 
 
 def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen) -> torch.Tensor:
@@ -189,7 +190,7 @@ def generate_batch(
     caller puts its index into the set `finished`; there the indices are found of those that ended. What is said in one sequence
     does not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names one for each.
     keep, with one prompt: its cache is kept for the next, of which then only what is new is read, as in a chat.
-    Raises DataError if a prompt is empty, or fills the model's window alone."""
+    Raises DataError if a prompt is empty, or fills the model's window alone, and where the model predicts no numbers."""
     window, finished = model.config.max_seq_len, set() if finished is None else finished
     for prompt in prompts:
         if not prompt:
@@ -215,8 +216,11 @@ def generate_batch(
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, sampling, draws[:, n].contiguous(), seen)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
-            seen.scatter_(1, tokens[:, None], True)
             for index, token in zip(list(active), tokens.tolist(), strict=True):
+                if token < 0:
+                    raise DataError(
+                        "the model predicts NaN: a weight is broken, or numbers ran over, as in fp16 they may (--dtype)"
+                    )
                 ids.append(token)
                 if token in stop_tokens:
                     finished.add(index)
@@ -224,6 +228,7 @@ def generate_batch(
                     yield index, token
                     if n + 1 == limits[index]:
                         finished.add(index)
+            seen.scatter_(1, tokens[:, None], True)
             leaving = [row for row in reversed(range(len(active))) if active[row] in finished]
             if len(leaving) == len(active):
                 break
@@ -258,9 +263,8 @@ def text_stream(tokenizer: Tokenizer, tokens, stop: tuple[str, ...] = ()):
         if ends:
             yield text[shown : min(ends)]
             return
-        # The longest tail that begins a stop string, or an unfinished character.
-        held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
-        safe = len(text.rstrip("\ufffd")) if held == 0 else len(text) - held
+        whole = text.rstrip("\ufffd")  # less an unfinished character, and the longest tail that begins a stop string
+        safe = len(whole) - max((n for s in stop for n in range(len(s)) if whole.endswith(s[:n])), default=0)
         if safe > shown:
             yield text[shown:safe]
             shown = safe
@@ -286,7 +290,8 @@ def main():
     from talking.chat import pick  # here, as they import this file
     from talking.voices import load_voices
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
         config = GenerateConfig(**with_tuples(parse_flags(GenerateConfig, __doc__)))
         do = pick(config)  # before a long read, which what is wrong with the flags should not wait for

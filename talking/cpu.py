@@ -45,7 +45,7 @@ class CPULinear(FrozenLinear):
 @cache
 def bitsandbytes():
     """The library, where it is installed and multiplies by NF4 on this CPU: with AVX-512's instructions for bf16. Else None."""
-    with suppress(ImportError, OSError):  # OSError: its compiled part does not load
+    with suppress(Exception):  # an extra that answers do without, whatever is wrong with how it is installed
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels that it does without
         import bitsandbytes as library
 
@@ -75,6 +75,10 @@ class CPUNF4(FrozenLinear):
         """Whether it is for this weight, to be multiplied with numbers of this dtype."""
         fits = linear.out_features % 32 == 0 and linear.in_features % BLOCK == 0
         return fits and linear.weight.device.type == "cpu" and dtype == torch.bfloat16 and bitsandbytes() is not None
+
+    def scales(self) -> torch.Tensor:
+        """Of each block of 64, in bf16: what is read for a token beside the codes."""
+        return self.product.weight.quant_state.absmax
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)

@@ -206,6 +206,25 @@ def test_input_that_is_not_utf_8_ends_a_script_with_its_line(typed, base):
     assert err.endswith("generate.py: line 2 of the input is not UTF-8 text (character 4)\n")
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--system", "--stop"])
+def test_a_flag_that_is_not_utf_8_is_named(run, base, tmp_path, flag):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Who?"}\n')
+    asked = [] if flag == "--prompt" else ["--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "o.jsonl"]
+    for argv in ([], asked):  # without asked: a chat
+        code, out, err = run("--model", base, *argv, flag, "caf\udce9")
+        assert (code, out, err) == (2, "", f"generate.py: {flag} is not UTF-8 text (character 4)\n")
+
+
+def test_a_closed_standard_input_or_output_is_no_traceback(run, base, monkeypatch):
+    """Python makes None of them."""
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, err = run("--model", base)
+    assert (code, out) == (2, "")
+    assert err == "generate.py: a chat needs a standard input, and it is closed: ask by --prompt or --prompts\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("--model", base, "--prompt", "Where?", "--max_new_tokens", 3)[0] == 0
+
+
 def test_every_voice_answers_under_its_name(typed, run, adapter, voices):
     how = Sampling(max_new_tokens=6)
     first = [said(voice, how, None, "Where?") for voice in voices]
@@ -364,6 +383,12 @@ def test_a_file_that_answers_something_else_is_not_touched(run, base, prompts, t
     code, _, err = run("--model", base, "--prompts", prompts[0], "--out", prompts[0])
     assert code == 2 and "line 1 is not an answer" in err
     assert prompts[0].read_bytes() == (tmp_path / "before.jsonl").read_bytes()
+    for foreign in (b"My notes.", b'[{"prompt": "Where?"}]', b'{"index": 0, "sample": 1'):  # no line end: is it one cut short?
+        for before in (b"", whole):
+            out.write_bytes(before + foreign)
+            code, _, err = run(*argv)
+            assert code == 2 and ("has 6 lines" if before else "line 1 is not an answer") in err
+            assert out.read_bytes() == before + foreign
     out.write_bytes(whole.replace(b"prompts.jsonl", b"few.jsonl"))
     code, _, err = run("--model", base, "--prompts", few, "--out", out, "--max_new_tokens", 2)
     assert code == 2 and "has 5 lines, and there are 2 answers to give" in err
@@ -536,6 +561,30 @@ def test_the_desk_takes_turns_passes_errors_on_and_drops_who_leaves(web):
     long.close()
     assert closed.wait(5)
     assert list(desk.take(count("after", 3))) == [0, 1, 2]
+
+
+@pytest.mark.live
+def test_what_the_page_refuses_is_said_and_changes_nothing_of_what_was_said(web, voices, monkeypatch):
+    """Regenerating with wrong settings once took the last turn away; an error of the model left the page busy."""
+    warnings, request = [], type("Request", (), {"session_hash": "one"})
+    monkeypatch.setattr(web.gr, "Warning", warnings.append)
+    ask, regenerate = (function.fn for function in list(web.page(voices, GenerateConfig(web=True)).fns.values())[:2])
+    turns, good = [("Where?", ["Here.", "There."], 0)], [3, 0.0, 0, 1.0, 0.0, 1.0, 0]
+
+    def refused(of, box, system="", settings=good):
+        *_, last = of(request, turns, box, system, *settings)
+        assert last[0] == turns and not last[2]["interactive"] and last[3]["interactive"]
+        return warnings.pop(), last[1]
+
+    assert "--temperature 0 always takes the likeliest" in refused(regenerate, "typed", settings=[3, 0, 5, 1, 0, 1, 0])[0]
+    assert refused(ask, "Who?", settings=[3, 0, 0, 1, 0, 1, None]) == ("seed is empty, and needs a number", "Who?")
+    assert refused(ask, None) == ("there is nothing to answer", "")
+    assert refused(ask, "a\ud83d") == ("the message is not UTF-8 text (character 2)", "a?")
+    monkeypatch.setattr(web, "Reply", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    assert refused(regenerate, "typed") == ("out of memory", "typed")
+    monkeypatch.undo()
+    *_, last = regenerate(request, turns, "", None, *good)
+    assert [question for question, *_ in last[0]] == ["Where?"] and last[0] != turns and last[0][0][2] == 1
 
 
 @pytest.mark.live
