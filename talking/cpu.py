@@ -81,7 +81,7 @@ class CPUNF4(FrozenLinear):
         return self.product.weight.quant_state.absmax
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
+        return self.product(x.contiguous())  # it takes the numbers of a row to lie side by side, whatever their stride
 
 
 class CPUNorm(nn.Module):

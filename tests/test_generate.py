@@ -35,6 +35,7 @@ from talking import cpu, voices
 from talking.cpu import CPUNF4, CPULinear, CPUNorm, order_for_cpu, outgrows_cache
 from talking.latency import measure
 from talking.voices import load_voices
+from weights.bitsandbytes import reordered as reordered_rows
 from weights.chat import write_chat_template
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,18 @@ def test_a_chat_reads_only_what_is_new_and_says_what_it_would_have_said(tiny_lla
             known = 0
 
 
+def test_the_same_question_again_is_answered_the_same_in_bf16_too(tiny_llama, monkeypatch):
+    """Of a prompt that was read already the last token alone was once read again, as in decoding, whose attention is in fp32.
+    Products are made a row at a time here: how many rows there are would round otherwise on some machines."""
+    rows = lambda self, x: torch.cat([nn.functional.linear(row[None], self.weight) for row in x])  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", rows)
+    model = tiny_llama(dim=64, hidden_dim=160).bfloat16()
+    for seed in range(8):
+        how = Sampling(max_new_tokens=40, temperature=1.0, seed=seed)
+        first = list(generate(model, PROMPTS[3], how))
+        assert [list(generate(model, PROMPTS[3], how, keep=True)) for _ in range(3)] == [first] * 3
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tiny_llama, monkeypatch, how):
     """The whole step is captured, sampling included, once for all answers to as many prompts: nothing is compiled again."""
@@ -270,6 +283,9 @@ def test_an_nf4_weight_handed_to_bitsandbytes_multiplies_the_same_a_row_at_a_tim
         out, exact = handed(x), x.double() @ linear.dequantize(torch.float32).double().T
         assert (out - exact).norm() < 0.005 * exact.norm()  # bf16 rounds the result, and here the scales
         assert torch.equal(out, torch.cat([handed(row[None]) for row in x]))
+        assert torch.equal(out, handed(x.T.contiguous().T))  # laid out by columns
+        reordered = NF4Linear(reordered_rows(linear.packed(), torch.arange(95, -1, -1)))  # its scales are of finer blocks
+        assert reordered.packed().nested_block < 256 and torch.equal(CPUNF4(reordered)(x), out.flip(-1))
 
 
 @pytest.mark.live
