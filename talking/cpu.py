@@ -31,7 +31,8 @@ class CPULinear(FrozenLinear):
     @staticmethod
     def helps(device: torch.device, dtype: torch.dtype) -> bool:
         """Whether it is for weights of this kind, on a CPU as this is."""
-        return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        here = torch.backends.mkldnn.is_available()  # not in PyTorch for a Mac, whose torch.ops.mkldnn is empty
+        return here and device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():

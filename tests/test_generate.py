@@ -352,6 +352,15 @@ def test_a_cpu_answers_in_bf16_where_weights_outgrow_its_cache_and_nothing_else_
     assert dtypes == [fast] + [torch.float32] * 3
 
 
+def test_where_pytorch_has_no_onednn_answers_are_in_fp32_and_no_traceback(base, monkeypatch):
+    """As on a Mac: its PyTorch lacks the operators that a bf16 product is asked of, and that of whether there is one."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", type("Empty", (), {})())
+    monkeypatch.setattr(voices, "outgrows_cache", lambda config: True)
+    assert load(config(model=base))[0].norm.weight.dtype == torch.float32
+    assert load(config(model=base, dtype="bf16"))[0].norm.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpus_norm_is_rmsnorm_a_row_at_a_time(dtype):
     torch.manual_seed(0)
