@@ -176,8 +176,10 @@ def ask(voices: list[Voice], config: GenerateConfig) -> None:
         return
     for voice in voices:
         prompt = Reply(voice, config.system, [], config.prompt, 0, config).prompt
-        for n, (text, _) in enumerate(answers(*voice[1:], [prompt] * config.samples, config, range(config.samples)), start=1):
-            print(f"--- {f'{voice.name}, ' if len(voices) > 1 else ''}{n} of {config.samples}\n{text}")
+        for first in range(0, config.samples, config.batch_size):  # as many together as memory is taken to hold
+            streams = range(first, min(first + config.batch_size, config.samples))
+            for n, (text, _) in zip(streams, answers(*voice[1:], [prompt] * len(streams), config, streams), strict=True):
+                print(f"--- {f'{voice.name}, ' if len(voices) > 1 else ''}{n + 1} of {config.samples}\n{text}")
 
 
 def chat(voices: list[Voice], config: GenerateConfig) -> None:

@@ -88,7 +88,7 @@ def report(voices: list, config) -> None:
         rows = [row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     except (ValueError, LookupError, TypeError):
         raise DataError(f"{path} holds other lines than --latency's: name a new --out") from None
-    line = {"model": folder.resolve().name} | measure(*voices[-1][1:], text)
+    line = {"model": Path(voices[-1].name).resolve().name} | measure(*voices[-1][1:], text)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print("| model | weights | compiled | device | 50 tokens, s | first token, s | tokens/s | GB/s | of a copy | peak GB |")

@@ -191,10 +191,10 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
         print(
             f"warning: whoever can reach {config.host}:{config.port} can use this page; it asks for no password", file=sys.stderr
         )
-    blocks = page(voices, config)
+    blocks, host = page(voices, config), f"[{config.host}]" if ":" in config.host else config.host  # IPv6 in an address
     try:
         blocks.launch(
-            server_name=config.host,
+            server_name=host,
             server_port=config.port,
             share=False,
             quiet=True,
@@ -210,7 +210,7 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
         )
     except OSError:
         raise DataError(f"port {config.port} of {config.host} is taken or not allowed: name another with --port") from None
-    print(f"http://{config.host}:{config.port}  (Ctrl-C ends)", flush=True)
+    print(f"http://{host}:{config.port}  (Ctrl-C ends)", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -797,7 +797,9 @@ def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table
     code, _, err = run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "notes.txt")
     assert code == 2 and err == f"generate.py: {tmp_path / 'notes.txt'} holds other lines than --latency's: name a new --out\n"
     assert (tmp_path / "notes.txt").read_text() == "Not figures.\n"
-    assert run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    monkeypatch.setattr("talking.voices.TINY", base)
+    assert run("--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    assert json.loads((tmp_path / "x.jsonl").read_text())["model"] == "base"  # not where the program was started
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
 
 

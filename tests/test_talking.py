@@ -408,6 +408,16 @@ def test_samples_differ_are_the_same_each_time_and_the_first_is_the_answer_to_pr
     assert run(*how, "--prompt", "Where?")[1].strip() == texts[3]
 
 
+def test_many_samples_are_made_some_at_a_time(run, base, monkeypatch):
+    """A thousand answers at once would be a thousand caches."""
+    together, answers = [], chat.answers
+    monkeypatch.setattr(chat, "answers", lambda *of: together.append(len(of[3])) or answers(*of))
+    how = ("--model", base, "--max_new_tokens", 5, "--temperature", 1, "--prompt", "Who?", "--samples")
+    twenty, two = run(*how, 20)[1], run(*how, 2)[1]
+    assert together == [8, 8, 4, 2]
+    assert twenty.replace("of 20", "of 2").startswith(two) and len(set(re.split(r"--- .*\n", twenty))) > 15
+
+
 def test_an_answer_of_a_batch_ends_before_a_stop_string_as_alone(run, base, tmp_path):
     voice = load_voices(GenerateConfig(model=str(base), device="cpu"))[0]
     whole = said(voice, Sampling(max_new_tokens=30), None, "Who?").strip()
@@ -595,19 +605,30 @@ def test_only_an_address_that_others_can_reach_is_warned_about_and_nothing_is_sh
     for host, warned in (("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("192.0.2.7", True)):
         web.serve(voices, GenerateConfig(web=True, host=host, port=7999))
         assert ("can use this page; it asks for no password" in capsys.readouterr().err) == warned
-        assert (launched[-1]["server_name"], launched[-1]["share"]) == (host, False)
+        assert (launched[-1]["server_name"].strip("[]"), launched[-1]["share"]) == (host, False)
 
 
 @contextmanager
-def served(*argv):
+def served(*argv, host="127.0.0.1"):
     """The port of a page that a process of its own serves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "generate.py", *map(str, argv), "--web", "--port", str(port), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "generate.py",
+        *map(str, argv),
+        "--web",
+        "--port",
+        str(port),
+        "--host",
+        host.strip("[]"),
+        "--device",
+        "cpu",
+    ]
     page = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        assert f"http://127.0.0.1:{port} " in page.stdout.readline()
+        assert f"http://{host}:{port} " in page.stdout.readline()
         yield port
     finally:
         page.send_signal(signal.SIGINT)
@@ -650,6 +671,18 @@ def test_eight_people_at_one_page_each_get_their_own_answers(web, base, adapter,
             chats = [part for part in got[n] if isinstance(part, list)]
             texts = ["".join(part["text"] for part in m["content"]) for m in chats[who]]
             assert [t.split() for t in texts] == [t.split() for t in (f"Who is {n}?", first, f"And where is {n}?", second)]
+
+
+@pytest.mark.live
+def test_the_page_opens_at_an_address_of_ipv6(web, base):
+    import httpx
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with served("--model", base, host="[::1]") as port:
+        assert httpx.get(f"http://[::1]:{port}/", timeout=60).status_code == 200
 
 
 @pytest.mark.live
