@@ -192,6 +192,10 @@ def test_the_commands_do_what_help_says(typed, base):
     assert "(forgotten: Two?)" in err
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(typed, base):
+    assert typed(b"\xef\xbb\xbf/help\n", "--model", base)[:2] == (0, chat.HELP + "\n")
+
+
 def test_undo_and_regenerate_say_that_nothing_was_said_and_an_unknown_command_is_not_sent(typed, base):
     code, out, err = typed("/undo\n/regenerate\n", "--model", base)
     assert (code, out, err.count("(nothing was said yet)")) == (0, "", 2)
