@@ -66,7 +66,8 @@ class Sampling:
             )
 
     def numbers(self) -> tuple[float, ...]:
-        return self.repetition_penalty, self.temperature, self.top_p, self.min_p
+        """Penalty, temperature, top-p and min-p, within what fp32 tells from 0 and infinity."""
+        return min(max(self.repetition_penalty, 1e-30), 1e30), max(self.temperature, 1e-30), self.top_p, self.min_p
 
     def at_work(self) -> "Sampling":
         """What a step is compiled for: which of the numbers do anything. Their values it is told when it runs."""
@@ -127,7 +128,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=None, numbers=None) -> torch.Tensor:
-    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,).
+    """Choose a token for each row of logits (B, V), by a number of draws (B,) in (0, 1] for each. Returns int64 (B,),
+    -1 where there is none to choose, as the logits are NaN.
 
     seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
     where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
@@ -138,7 +140,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=N
     if sampling.repetition_penalty != 1:
         logits = torch.where(seen, torch.where(logits > 0, logits / by, logits * by), logits)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1).masked_fill(logits.amax(-1).isnan(), -1)
     logits, ids = logits / temperature, None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = logits.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))  # the likeliest first
@@ -149,8 +151,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=N
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     # Laid end to end the probabilities make a line; the token is the one on whose stretch the draw falls.
     line = probs.cumsum(-1)
-    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:])
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+    chosen = torch.searchsorted(line, draws[:, None] * line[:, -1:]).clamp(max=line.shape[-1] - 1)
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].masked_fill(line[:, -1].isnan(), -1)
 
 
 def next_tokens(model: Llama, cache: KVCache, tokens, borders, sampling: Sampling, draws, seen, numbers) -> torch.Tensor:
@@ -177,7 +179,8 @@ def _cache(model: Llama, prompts: list[list[int]], room: int, keep: bool):
     if static or keep:  # so that answers of other lengths find the same shapes
         room = min(model.config.max_seq_len, max(256, 1 << (room - 1).bit_length()))
     last, ids = model.__dict__.pop("free_cache", (None, []))  # nobody else can have it meanwhile
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompts[0][:-1], strict=False))  # an answer begins by reading one
+    # An answer begins by reading one token, and here two: one alone is attended to as in decoding, which rounds otherwise.
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompts[0][:-2], strict=False))
     ids = [token for token, _ in alike] if keep else []
     if last and last.keys.shape[1:4:2] == (len(prompts), room):
         cache = last
@@ -203,7 +206,7 @@ def generate_batch(
     caller puts its index into the set `finished`; there the indices are found of those that ended. What is said in one sequence
     does not depend on the others: its draws come from (seed, stream), where streams (its index, if not given) names one for each.
     keep, with one prompt: its cache is kept for the next, of which then only what is new is read, as in a chat.
-    Raises DataError if a prompt is empty, or fills the model's window alone."""
+    Raises DataError if a prompt is empty, or fills the model's window alone, and where the model predicts no numbers."""
     window, finished = model.config.max_seq_len, set() if finished is None else finished
     for prompt in prompts:
         if not prompt:
@@ -230,8 +233,11 @@ def generate_batch(
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, kind, draws[:, n].contiguous(), seen, numbers)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
-            seen.scatter_(1, tokens[:, None], True)
             for index, token in zip(list(active), tokens.tolist(), strict=True):
+                if token < 0:
+                    raise DataError(
+                        "the model predicts NaN: a weight is broken, or numbers ran over, as in fp16 they may (--dtype)"
+                    )
                 ids.append(token)
                 if token in stop_tokens:
                     finished.add(index)
@@ -239,6 +245,7 @@ def generate_batch(
                     yield index, token
                     if n + 1 == limits[index]:
                         finished.add(index)
+            seen.scatter_(1, tokens[:, None], True)
             leaving = [row for row in reversed(range(len(active))) if active[row] in finished]
             if len(leaving) == len(active):
                 break
@@ -273,9 +280,8 @@ def text_stream(tokenizer: Tokenizer, tokens, stop: tuple[str, ...] = ()):
         if ends:
             yield text[shown : min(ends)]
             return
-        # The longest tail that begins a stop string, or an unfinished character.
-        held = max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
-        safe = len(text.rstrip("\ufffd")) if held == 0 else len(text) - held
+        whole = text.rstrip("\ufffd")  # less an unfinished character, and the longest tail that begins a stop string
+        safe = len(whole) - max((n for s in stop for n in range(len(s)) if whole.endswith(s[:n])), default=0)
         if safe > shown:
             yield text[shown:safe]
             shown = safe
@@ -301,7 +307,8 @@ def main():
     from talking.chat import pick  # here, as they import this file
     from talking.voices import load_voices
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
+    if sys.stdout:  # it may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character should not end the program
     try:
         config = GenerateConfig(**with_tuples(parse_flags(GenerateConfig, __doc__)))
         do = pick(config)  # before a long read, which what is wrong with the flags should not wait for

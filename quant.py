@@ -331,8 +331,8 @@ class Int8Linear(FrozenLinear):
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 16 * self.in_features:
-            return super().forward(x)
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 16 * self.in_features or self.in_features % 32:
+            return super().forward(x)  # of rows that are not whole vectors PyTorch's product reads past the end
         scale = self.scale.data.view(torch.float32).flatten().to(x.dtype)  # decoding: a token or a few; W never in 16 bits
         return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight.data, scale).view(*x.shape[:-1], -1)
 

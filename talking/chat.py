@@ -59,6 +59,8 @@ def pick(config: GenerateConfig):
         raise DataError("--save writes a model without an adapter; --merge writes an adapter and its base as one")
     if config.save and config.quantize == "int8":
         raise DataError("--save has no layout for int8: take --quantize nf4, or none")
+    for flag, text in (("prompt", config.prompt), ("system", config.system), *(("stop", text) for text in config.stop)):
+        check_text(text or "", f"--{flag}")
     for flag in ("merge", "save"):
         if flag in given and Path(getattr(config, flag)).exists():
             raise DataError(f"--{flag} {getattr(config, flag)} exists already: name a new folder")
@@ -168,24 +170,29 @@ def print_replies(voices: list[Voice], system, turns, question, sampling: Sampli
 
 def ask(voices: list[Voice], config: GenerateConfig) -> None:
     """--prompt: one question, answered by every voice, or --samples times by each."""
-    check_text(config.prompt + (config.system or ""), "--prompt or --system")
     if config.samples == 1:
         if print_replies(voices, config.system, [], config.prompt, config, [""] * len(voices)):
             sys.exit(130)
         return
     for voice in voices:
         prompt = Reply(voice, config.system, [], config.prompt, 0, config).prompt
-        for n, (text, _) in enumerate(answers(*voice[1:], [prompt] * config.samples, config, range(config.samples)), start=1):
-            print(f"--- {f'{voice.name}, ' if len(voices) > 1 else ''}{n} of {config.samples}\n{text}")
+        for first in range(0, config.samples, config.batch_size):  # as many together as memory is taken to hold
+            streams = range(first, min(first + config.batch_size, config.samples))
+            for n, (text, _) in zip(streams, answers(*voice[1:], [prompt] * len(streams), config, streams), strict=True):
+                print(f"--- {f'{voice.name}, ' if len(voices) > 1 else ''}{n + 1} of {config.samples}\n{text}")
 
 
 def chat(voices: list[Voice], config: GenerateConfig) -> None:
     """A conversation, a line a question, until the end of the input. In a terminal a mistake is said and the chat goes on; what
     comes through a pipe is a script, which a mistake ends."""
+    if sys.stdin is None:
+        raise DataError("a chat needs a standard input, and it is closed: ask by --prompt or --prompts")
     live = sys.stdin.isatty()
     if live:
         import readline  # noqa: F401  arrows and history for input()
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdin.reconfigure(
+        encoding="utf-8-sig", errors="surrogateescape"
+    )  # -sig: a mark at the beginning is no part of a question
     note(f"{' and '.join(voice.name for voice in voices)}, a window of {voices[0].model.config.max_seq_len} tokens; /help")
     system, turns, number = config.system, [], 0
     while True:
@@ -243,6 +250,12 @@ def prompt_of(record, *names) -> tuple[str, list[dict]]:
     return kind, dialog
 
 
+def written(job: dict, text: str) -> bytes:
+    """The line of --out for an answer. Half a character, in the name of a file, is escaped as JSON does."""
+    line = job | {"messages": [*job["messages"], {"role": "assistant", "content": text}]}
+    return json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
 def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
     """--prompts: answer every record of a file, in its order, and write a line for each to --out.
 
@@ -266,10 +279,10 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
                 line = {"index": index, "sample": sample, "by": voice.name, "provenance": record.origin}
                 jobs.append((voice, ids, line | {"sampling": json.loads(json.dumps(settings)), "messages": dialog}))
 
-    path = Path(config.out)
+    path, other = Path(config.out), "is not an answer to these prompts with these flags: name a new --out"
     with open(path, "ab+") as file:
         file.seek(0)
-        there = file.read().split(b"\n")[:-1]
+        *there, rest = file.read().split(b"\n")
         for number, (line, (_, _, job)) in enumerate(zip(there, jobs, strict=False), start=1):
             try:
                 found = json.loads(line)
@@ -278,9 +291,13 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
             except (ValueError, LookupError, TypeError, AttributeError):
                 same = False
             if not same:
-                raise DataError(f"{path}, line {number} is not an answer to these prompts with these flags: name a new --out")
-        if len(there) > len(jobs):
-            raise DataError(f"{path} has {len(there)} lines, and there are {len(jobs)} answers to give: name a new --out")
+                raise DataError(f"{path}, line {number} {other}")
+        if rest and len(there) < len(jobs):  # nothing of a file that is not ours is cut off
+            begun = written(jobs[len(there)][2], "").removesuffix(b'"}]}\n')
+            if not (rest.startswith(begun) or begun.startswith(rest)):
+                raise DataError(f"{path}, line {len(there) + 1} {other}")
+        if (lines := len(there) + bool(rest)) > len(jobs):
+            raise DataError(f"{path} has {lines} lines, and there are {len(jobs)} answers to give: name a new --out")
         file.truncate(sum(len(line) + 1 for line in there))  # a line that was cut short is answered again
         if there:
             note(f"{len(there)} of {len(jobs)} answers are there already")
@@ -291,8 +308,7 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
             streams = [job["sample"] for _, _, job in batch]
             replies = answers(*voice[1:], [ids for _, ids, _ in batch], config, streams)
             for (_, _, job), (text, count) in zip(batch, replies, strict=True):
-                job["messages"] = [*job["messages"], {"role": "assistant", "content": text}]
-                file.write(json.dumps(job, ensure_ascii=False).encode() + b"\n")
+                file.write(written(job, text))
                 tokens += count
             file.flush()
             os.fsync(file.fileno())

@@ -31,7 +31,8 @@ class CPULinear(FrozenLinear):
     @staticmethod
     def helps(device: torch.device, dtype: torch.dtype) -> bool:
         """Whether it is for weights of this kind, on a CPU as this is."""
-        return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        here = torch.backends.mkldnn.is_available()  # not in PyTorch for a Mac, whose torch.ops.mkldnn is empty
+        return here and device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -45,7 +46,7 @@ class CPULinear(FrozenLinear):
 @cache
 def bitsandbytes():
     """The library, where it is installed and multiplies by NF4 on this CPU: with AVX-512's instructions for bf16. Else None."""
-    with suppress(ImportError, OSError):  # OSError: its compiled part does not load
+    with suppress(Exception):  # an extra that answers do without, whatever is wrong with how it is installed
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of kernels that it does without
         import bitsandbytes as library
 
@@ -76,8 +77,12 @@ class CPUNF4(FrozenLinear):
         fits = linear.out_features % 32 == 0 and linear.in_features % BLOCK == 0
         return fits and linear.weight.device.type == "cpu" and dtype == torch.bfloat16 and bitsandbytes() is not None
 
+    def scales(self) -> torch.Tensor:
+        """Of each block of 64, in bf16: what is read for a token beside the codes."""
+        return self.product.weight.quant_state.absmax
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
+        return self.product(x.contiguous())  # it takes the numbers of a row to lie side by side, whatever their stride
 
 
 class CPUNorm(nn.Module):

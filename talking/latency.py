@@ -14,6 +14,7 @@ from data import DataError, encode_dialog
 from generate import Sampling, generate, text_stream
 from helping.files import peak_memory
 from quant import QUANTIZERS
+from talking.cpu import CPUNF4
 
 RUNS, NEW_TOKENS = 100, 50
 
@@ -57,11 +58,12 @@ def measure(model, tokenizer, template, text: str) -> dict:
         firsts.append(times[0] - began)
     seconds, first = (sum(x[1:]) / RUNS for x in (totals, firsts))
     speed = (NEW_TOKENS - 1) / (seconds - first)
-    kinds = {type(module) for module in model.modules()}
+    kinds = [*QUANTIZERS.items(), ("nf4", CPUNF4)]
     read = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
+    read += sum(module.scales().nbytes for module in model.modules() if isinstance(module, CPUNF4))
     return {
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "quantize": next((name for name, kind in QUANTIZERS.items() if kind in kinds), "none"),
+        "quantize": next((name for name, kind in kinds if kind in map(type, model.modules())), "none"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "compiled": hasattr(model, "compiled_step"),
         "runs": RUNS,
@@ -82,16 +84,24 @@ def report(voices: list, config) -> None:
     its lines as a table."""
     folder = Path((*config.adapter, config.model or ".")[0])
     path, text = Path(config.out or folder / "latency.jsonl"), config.prompt or "Which animal does Pena Marmond keep?"
-    line = {"model": folder.resolve().name} | measure(*voices[-1][1:], text)
+    try:
+        rows = [row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{path} holds other lines than --latency's: name a new --out") from None
+    line = {"model": Path(voices[-1].name).resolve().name} | measure(*voices[-1][1:], text)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print("| model | weights | compiled | device | 50 tokens, s | first token, s | tokens/s | GB/s | of a copy | peak GB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        weights = line["dtype"] if line["quantize"] == "none" else f"{line['quantize']}, {line['dtype']}"
-        print(
-            f"| {line['model']} | {weights} | {'yes' if line['compiled'] else 'no'} | {line['device']} | {line['seconds']:.3f} | "
-            f"{line['first_s']:.3f} | {line['tokens_per_s']:.1f} | {line['gb_per_s']:.1f} | "
-            f"{line['gb_per_s'] / line['copy_gb_per_s']:.0%} | {line['peak_bytes'] / 1e9:.2f} |"
-        )
+    print("\n".join([*rows, row(line)]))
     print(f"written to {path}")
+
+
+def row(line: dict) -> str:
+    """A line of the file as one of the table. Raises LookupError or TypeError if it is none."""
+    weights = line["dtype"] if line["quantize"] == "none" else f"{line['quantize']}, {line['dtype']}"
+    return (
+        f"| {line['model']} | {weights} | {'yes' if line['compiled'] else 'no'} | {line['device']} | {line['seconds']:.3f} | "
+        f"{line['first_s']:.3f} | {line['tokens_per_s']:.1f} | {line['gb_per_s']:.1f} | "
+        f"{line['gb_per_s'] / line['copy_gb_per_s']:.0%} | {line['peak_bytes'] / 1e9:.2f} |"
+    )

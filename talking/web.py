@@ -110,12 +110,21 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
         free = [gr.update(interactive=not busy)] * 4
         return [turns, box, gr.update(interactive=busy), *free, *chats, *(counts or [""] * len(voices))]
 
-    def ask(request: gr.Request, turns, question, system, *settings, tries=0):
+    def ask(request: gr.Request, turns, question, system, *settings, again=False):
+        """again: the last question, with another seed. What is refused changes nothing of what was said."""
+        earlier, box, tries = turns, question, 0
+        if again:
+            *turns, (question, _, tries) = turns
+            tries += 1
         kinds = {name: type(getattr(config, name)) for name in SETTINGS}
         stop = stopped[request.session_hash] = threading.Event()
         try:
+            question, system = question or "", system or ""  # the page sends texts, others may send nothing
             if not question.strip():
                 raise DataError("there is nothing to answer")
+            for name, value in zip(SETTINGS, settings, strict=True):
+                if value is None:
+                    raise DataError(f"{name} is empty, and needs a number")
             given = {name: kinds[name](value) for name, value in zip(SETTINGS, settings, strict=True)}
             sampling = Sampling(**given | {"seed": given["seed"] + tries, "stop": config.stop})
             yield shown([*turns, (question, [""] * len(voices), tries)], busy=True)
@@ -125,9 +134,9 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
                         break
                     yield shown(turns_now, counts, busy=True)
             yield shown(turns_now, counts)
-        except (DataError, TypeError, ValueError) as error:
+        except (ArithmeticError, DataError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: no memory, say
             gr.Warning(str(error))
-            yield shown(turns, box=question)
+            yield shown(earlier, box=(box or "").encode(errors="replace").decode())  # half a character cannot be sent back
         finally:
             stopped.pop(request.session_hash, None)
 
@@ -135,12 +144,8 @@ def page(voices: list[Voice], config: GenerateConfig) -> gr.Blocks:
         if request.session_hash in stopped:
             stopped[request.session_hash].set()
 
-    def regenerate(request: gr.Request, turns, _, *settings):
-        if not turns:
-            yield shown(turns)
-            return
-        question, _, tries = turns[-1]
-        yield from ask(request, turns[:-1], question, *settings, tries=tries + 1)
+    def regenerate(request: gr.Request, turns, box, *settings):
+        yield from ask(request, turns, box, *settings, again=True) if turns else [shown(turns)]
 
     with gr.Blocks(title="nanotune", analytics_enabled=False) as blocks:
         turns = gr.State([])
@@ -186,10 +191,10 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
         print(
             f"warning: whoever can reach {config.host}:{config.port} can use this page; it asks for no password", file=sys.stderr
         )
-    blocks = page(voices, config)
+    blocks, host = page(voices, config), f"[{config.host}]" if ":" in config.host else config.host  # IPv6 in an address
     try:
         blocks.launch(
-            server_name=config.host,
+            server_name=host,
             server_port=config.port,
             share=False,
             quiet=True,
@@ -205,7 +210,7 @@ def serve(voices: list[Voice], config: GenerateConfig) -> None:
         )
     except OSError:
         raise DataError(f"port {config.port} of {config.host} is taken or not allowed: name another with --port") from None
-    print(f"http://{config.host}:{config.port}  (Ctrl-C ends)", flush=True)
+    print(f"http://{host}:{config.port}  (Ctrl-C ends)", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -34,7 +34,9 @@ from model import PRESETS, CheckpointError, Llama, ModelConfig, RMSNorm, from_hf
 from quant import Int8Linear, NF4Linear
 from talking import cpu, voices
 from talking.cpu import CPUNF4, CPULinear, CPUNorm, order_for_cpu, outgrows_cache
+from talking.latency import measure
 from talking.voices import load_voices
+from weights.bitsandbytes import reordered as reordered_rows
 from weights.chat import write_chat_template
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +185,18 @@ def test_a_chat_reads_only_what_is_new_and_says_what_it_would_have_said(tiny_lla
             known = 0
 
 
+def test_the_same_question_again_is_answered_the_same_in_bf16_too(tiny_llama, monkeypatch):
+    """Of a prompt that was read already the last token alone was once read again, as in decoding, whose attention is in fp32.
+    Products are made a row at a time here: how many rows there are would round otherwise on some machines."""
+    rows = lambda self, x: torch.cat([nn.functional.linear(row[None], self.weight) for row in x])  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", rows)
+    model = tiny_llama(dim=64, hidden_dim=160).bfloat16()
+    for seed in range(8):
+        how = Sampling(max_new_tokens=40, temperature=1.0, seed=seed)
+        first = list(generate(model, PROMPTS[3], how))
+        assert [list(generate(model, PROMPTS[3], how, keep=True)) for _ in range(3)] == [first] * 3
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.2}])
 def test_compiled_decoding_says_the_same_from_one_graph_whatever_the_lengths(tiny_llama, monkeypatch, how):
     """The whole step is captured, sampling included, once for all answers to as many prompts: nothing is compiled again."""
@@ -286,6 +300,9 @@ def test_an_nf4_weight_handed_to_bitsandbytes_multiplies_the_same_a_row_at_a_tim
         out, exact = handed(x), x.double() @ linear.dequantize(torch.float32).double().T
         assert (out - exact).norm() < 0.005 * exact.norm()  # bf16 rounds the result, and here the scales
         assert torch.equal(out, torch.cat([handed(row[None]) for row in x]))
+        assert torch.equal(out, handed(x.T.contiguous().T))  # laid out by columns
+        reordered = NF4Linear(reordered_rows(linear.packed(), torch.arange(95, -1, -1)))  # its scales are of finer blocks
+        assert reordered.packed().nested_block < 256 and torch.equal(CPUNF4(reordered)(x), out.flip(-1))
 
 
 @pytest.mark.live
@@ -310,6 +327,38 @@ def test_a_model_in_nf4_answers_through_bitsandbytes_as_without(base, tiny_llama
     assert through[0].layers[0].attention.wq.product.weight is through[1].layers[0].attention.wq.base.product.weight
 
 
+@pytest.mark.live
+def test_the_latency_of_weights_handed_to_bitsandbytes_is_that_of_nf4(base, tiny_llama, monkeypatch):
+    """Their class is another; the table once said bf16, without quantisation."""
+    pytest.importorskip("bitsandbytes")
+    if cpu.bitsandbytes() is None:
+        pytest.skip("this CPU has no AVX-512 for bf16")
+    monkeypatch.setattr("talking.latency.RUNS", 1)
+    monkeypatch.setattr("talking.latency.copy_bandwidth", lambda device: 1e9)
+    save_hf(tiny_llama(vocab_size=340, dim=64, hidden_dim=128), base)
+    lines = []
+    for dtype in ("bf16", "fp32"):  # handed over, and not
+        model, tokenizer, template = load(config(model=base, dtype=dtype, quantize="nf4"))
+        lines.append(measure(model, tokenizer, template, "Where?"))
+    assert [line["quantize"] for line in lines] == ["nf4", "nf4"]
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert lines[0]["weights_bytes"] == weights * 4.25 / 8 + 2 * (340 * 64 + 5 * 64)  # a scale of 16 bits for 64 codes
+
+
+@pytest.mark.parametrize("broken", [ImportError, OSError, RuntimeError, AttributeError])
+def test_a_bitsandbytes_that_cannot_be_imported_is_done_without(monkeypatch, broken):
+    """Made for another PyTorch or another machine it raises what it likes."""
+
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "bitsandbytes":
+                raise broken("no")
+
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert cpu.bitsandbytes.__wrapped__() is None
+
+
 def test_a_cpu_answers_in_bf16_where_weights_outgrow_its_cache_and_nothing_else_is_asked(base, tmp_path, monkeypatch):
     assert [outgrows_cache(size) for size in (read_config(TINY), PRESETS["125m"], PRESETS["1b"])] == [False, True, True]
     asked = [{}, {"dtype": "fp32"}, {"merge": tmp_path / "out"}, {"save": tmp_path / "out"}]
@@ -318,6 +367,15 @@ def test_a_cpu_answers_in_bf16_where_weights_outgrow_its_cache_and_nothing_else_
     dtypes = [load(config(model=base, **how))[0].norm.weight.dtype for how in asked]
     fast = torch.bfloat16 if CPULinear.helps(torch.device("cpu"), torch.bfloat16) else torch.float32
     assert dtypes == [fast] + [torch.float32] * 3
+
+
+def test_where_pytorch_has_no_onednn_answers_are_in_fp32_and_no_traceback(base, monkeypatch):
+    """As on a Mac: its PyTorch lacks the operators that a bf16 product is asked of, and that of whether there is one."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", type("Empty", (), {})())
+    monkeypatch.setattr(voices, "outgrows_cache", lambda config: True)
+    assert load(config(model=base))[0].norm.weight.dtype == torch.float32
+    assert load(config(model=base, dtype="bf16"))[0].norm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -471,6 +529,30 @@ def test_the_rules_together_keep_what_transformers_keeps(seed):
     assert torch.allclose(drawn.bincount(minlength=50) / n, scores.softmax(-1)[0], atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "how", [{"temperature": 1e-320}, {"temperature": 1e-39, "top_p": 0.5}, {"temperature": 1e-39, "top_k": 3}]
+)
+def test_a_temperature_next_to_0_takes_the_likeliest_token(how):
+    """Divided by it in fp32, all logits once were infinite, and the token was one that the model does not have."""
+    assert draw(20, **how) == {1: 20}
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_a_penalty_beyond_fp32_orders_tokens_as_one_within(penalty):
+    logits, seen = torch.tensor([[3.0, 2.0, 0.0, -1.0]]), torch.tensor([[True, True, True, True]])
+    for how in (Sampling(repetition_penalty=penalty), Sampling(repetition_penalty=penalty, temperature=1.0)):
+        assert sample(logits, how, torch.tensor([0.1]), seen).tolist() == [0]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 2}])
+def test_a_model_that_predicts_nan_says_so_instead_of_an_answer(tiny_llama, how):
+    """As fp16 does where a number runs over. Token 0 was answered for ever, or one that the model does not have."""
+    model = tiny_llama()
+    model.layers[1].feed_forward.w2.weight.data[5] = torch.inf
+    with pytest.raises(DataError, match="the model predicts NaN: a weight is broken, or numbers ran over"):
+        together(model, PROMPTS, 3, **how)
+
+
 def test_no_token_of_probability_0_is_drawn_at_either_end_of_the_line():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for draw, token in ((1e-38, 1), (2**-25, 1), (0.5, 1), (0.5001, 3), (1.0, 3)):
@@ -526,6 +608,8 @@ def test_bytes_that_are_no_character_are_shown_as_such_and_stop_nothing(tokenize
         ("one two three", ("three", "two"), "one "),  # the first to appear, not the first named
         ("an instruction", ("ion", "ruct"), "an inst"),  # one token may complete both
         ("日本🙂本", ("🙂",), "日本"),
+        ("so: 日🙂", ("日🙂", ": 本"), "so: "),  # its beginning is held back while the next character is not whole
+        ("so: 日本🙂", ("日🙂",), "so: 日本🙂"),
         ("aaab", ("aab",), "a"),
         ("no stop here", (), "no stop here"),
     ],
@@ -744,7 +828,13 @@ def test_latency_measures_runs_of_exactly_50_tokens_and_adds_a_line_to_the_table
     model = load_model(base)
     assert lines[0]["weights_bytes"] == 4 * (sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel())
     assert code == 0 and out.count("| base |") == 2 and "int8, bfloat16" in out
-    assert run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    (tmp_path / "notes.txt").write_text("Not figures.\n")
+    code, _, err = run("--model", base, "--latency", "--device", "cpu", "--out", tmp_path / "notes.txt")
+    assert code == 2 and err == f"generate.py: {tmp_path / 'notes.txt'} holds other lines than --latency's: name a new --out\n"
+    assert (tmp_path / "notes.txt").read_text() == "Not figures.\n"
+    monkeypatch.setattr("talking.voices.TINY", base)
+    assert run("--latency", "--device", "cpu", "--out", tmp_path / "x.jsonl")[0] == 0
+    assert json.loads((tmp_path / "x.jsonl").read_text())["model"] == "base"  # not where the program was started
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 1
 
 

@@ -920,3 +920,14 @@ def test_a_qlora_step_keeps_less_than_the_same_lora_step():
     (lora_weights, lora_kept), (nf4_weights, nf4_kept) = measured("none"), measured("nf4")
     assert nf4_weights < 0.4 * lora_weights
     assert nf4_kept <= lora_kept
+
+
+def test_an_int8_weight_with_rows_of_any_length_is_read_within_its_bounds(monkeypatch):
+    """PyTorch's product reads past the end of rows that are not whole vectors: NaN at times, and at times the process ended."""
+    asked, product = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, *of: asked.append(x.shape[-1]) or product(x, *of))
+    for columns in (32, 56, 64, 100, 128):
+        linear, x = Int8Linear(torch.randn(20, columns)), torch.randn(3, columns)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), x @ linear.dequantize(torch.float32).T, rtol=1e-4, atol=1e-4)
+    assert asked == [32, 64, 128]

@@ -192,6 +192,10 @@ def test_the_commands_do_what_help_says(typed, base):
     assert "(forgotten: Two?)" in err
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(typed, base):
+    assert typed(b"\xef\xbb\xbf/help\n", "--model", base)[:2] == (0, chat.HELP + "\n")
+
+
 def test_undo_and_regenerate_say_that_nothing_was_said_and_an_unknown_command_is_not_sent(typed, base):
     code, out, err = typed("/undo\n/regenerate\n", "--model", base)
     assert (code, out, err.count("(nothing was said yet)")) == (0, "", 2)
@@ -204,6 +208,25 @@ def test_input_that_is_not_utf_8_ends_a_script_with_its_line(typed, base):
     code, _, err = typed(b"Where?\ncaf\xe9?\n", "--model", base, "--max_new_tokens", 1)
     assert code == 2
     assert err.endswith("generate.py: line 2 of the input is not UTF-8 text (character 4)\n")
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--system", "--stop"])
+def test_a_flag_that_is_not_utf_8_is_named(run, base, tmp_path, flag):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Who?"}\n')
+    asked = [] if flag == "--prompt" else ["--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "o.jsonl"]
+    for argv in ([], asked):  # without asked: a chat
+        code, out, err = run("--model", base, *argv, flag, "caf\udce9")
+        assert (code, out, err) == (2, "", f"generate.py: {flag} is not UTF-8 text (character 4)\n")
+
+
+def test_a_closed_standard_input_or_output_is_no_traceback(run, base, monkeypatch):
+    """Python makes None of them."""
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, err = run("--model", base)
+    assert (code, out) == (2, "")
+    assert err == "generate.py: a chat needs a standard input, and it is closed: ask by --prompt or --prompts\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("--model", base, "--prompt", "Where?", "--max_new_tokens", 3)[0] == 0
 
 
 def test_every_voice_answers_under_its_name(typed, run, adapter, voices):
@@ -364,6 +387,12 @@ def test_a_file_that_answers_something_else_is_not_touched(run, base, prompts, t
     code, _, err = run("--model", base, "--prompts", prompts[0], "--out", prompts[0])
     assert code == 2 and "line 1 is not an answer" in err
     assert prompts[0].read_bytes() == (tmp_path / "before.jsonl").read_bytes()
+    for foreign in (b"My notes.", b'[{"prompt": "Where?"}]', b'{"index": 0, "sample": 1'):  # no line end: is it one cut short?
+        for before in (b"", whole):
+            out.write_bytes(before + foreign)
+            code, _, err = run(*argv)
+            assert code == 2 and ("has 6 lines" if before else "line 1 is not an answer") in err
+            assert out.read_bytes() == before + foreign
     out.write_bytes(whole.replace(b"prompts.jsonl", b"few.jsonl"))
     code, _, err = run("--model", base, "--prompts", few, "--out", out, "--max_new_tokens", 2)
     assert code == 2 and "has 5 lines, and there are 2 answers to give" in err
@@ -381,6 +410,16 @@ def test_samples_differ_are_the_same_each_time_and_the_first_is_the_answer_to_pr
     printed = run(*how, "--prompt", "Where?", "--samples", 3)[1]
     assert printed == "".join(f"--- {n} of 3\n{text}\n" for n, text in enumerate(texts[3:], start=1))
     assert run(*how, "--prompt", "Where?")[1].strip() == texts[3]
+
+
+def test_many_samples_are_made_some_at_a_time(run, base, monkeypatch):
+    """A thousand answers at once would be a thousand caches."""
+    together, answers = [], chat.answers
+    monkeypatch.setattr(chat, "answers", lambda *of: together.append(len(of[3])) or answers(*of))
+    how = ("--model", base, "--max_new_tokens", 5, "--temperature", 1, "--prompt", "Who?", "--samples")
+    twenty, two = run(*how, 20)[1], run(*how, 2)[1]
+    assert together == [8, 8, 4, 2]
+    assert twenty.replace("of 20", "of 2").startswith(two) and len(set(re.split(r"--- .*\n", twenty))) > 15
 
 
 def test_an_answer_of_a_batch_ends_before_a_stop_string_as_alone(run, base, tmp_path):
@@ -539,6 +578,30 @@ def test_the_desk_takes_turns_passes_errors_on_and_drops_who_leaves(web):
 
 
 @pytest.mark.live
+def test_what_the_page_refuses_is_said_and_changes_nothing_of_what_was_said(web, voices, monkeypatch):
+    """Regenerating with wrong settings once took the last turn away; an error of the model left the page busy."""
+    warnings, request = [], type("Request", (), {"session_hash": "one"})
+    monkeypatch.setattr(web.gr, "Warning", warnings.append)
+    ask, regenerate = (function.fn for function in list(web.page(voices, GenerateConfig(web=True)).fns.values())[:2])
+    turns, good = [("Where?", ["Here.", "There."], 0)], [3, 0.0, 0, 1.0, 0.0, 1.0, 0]
+
+    def refused(of, box, system="", settings=good):
+        *_, last = of(request, turns, box, system, *settings)
+        assert last[0] == turns and not last[2]["interactive"] and last[3]["interactive"]
+        return warnings.pop(), last[1]
+
+    assert "--temperature 0 always takes the likeliest" in refused(regenerate, "typed", settings=[3, 0, 5, 1, 0, 1, 0])[0]
+    assert refused(ask, "Who?", settings=[3, 0, 0, 1, 0, 1, None]) == ("seed is empty, and needs a number", "Who?")
+    assert refused(ask, None) == ("there is nothing to answer", "")
+    assert refused(ask, "a\ud83d") == ("the message is not UTF-8 text (character 2)", "a?")
+    monkeypatch.setattr(web, "Reply", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    assert refused(regenerate, "typed") == ("out of memory", "typed")
+    monkeypatch.undo()
+    *_, last = regenerate(request, turns, "", None, *good)
+    assert [question for question, *_ in last[0]] == ["Where?"] and last[0] != turns and last[0][0][2] == 1
+
+
+@pytest.mark.live
 def test_only_an_address_that_others_can_reach_is_warned_about_and_nothing_is_shared(web, voices, monkeypatch, capsys):
     launched = []
     monkeypatch.setattr(web.gr.Blocks, "launch", lambda self, **how: launched.append(how))
@@ -546,19 +609,30 @@ def test_only_an_address_that_others_can_reach_is_warned_about_and_nothing_is_sh
     for host, warned in (("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("192.0.2.7", True)):
         web.serve(voices, GenerateConfig(web=True, host=host, port=7999))
         assert ("can use this page; it asks for no password" in capsys.readouterr().err) == warned
-        assert (launched[-1]["server_name"], launched[-1]["share"]) == (host, False)
+        assert (launched[-1]["server_name"].strip("[]"), launched[-1]["share"]) == (host, False)
 
 
 @contextmanager
-def served(*argv):
+def served(*argv, host="127.0.0.1"):
     """The port of a page that a process of its own serves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "generate.py", *map(str, argv), "--web", "--port", str(port), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "generate.py",
+        *map(str, argv),
+        "--web",
+        "--port",
+        str(port),
+        "--host",
+        host.strip("[]"),
+        "--device",
+        "cpu",
+    ]
     page = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        assert f"http://127.0.0.1:{port} " in page.stdout.readline()
+        assert f"http://{host}:{port} " in page.stdout.readline()
         yield port
     finally:
         page.send_signal(signal.SIGINT)
@@ -601,6 +675,18 @@ def test_eight_people_at_one_page_each_get_their_own_answers(web, base, adapter,
             chats = [part for part in got[n] if isinstance(part, list)]
             texts = ["".join(part["text"] for part in m["content"]) for m in chats[who]]
             assert [t.split() for t in texts] == [t.split() for t in (f"Who is {n}?", first, f"And where is {n}?", second)]
+
+
+@pytest.mark.live
+def test_the_page_opens_at_an_address_of_ipv6(web, base):
+    import httpx
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with served("--model", base, host="[::1]") as port:
+        assert httpx.get(f"http://[::1]:{port}/", timeout=60).status_code == 200
 
 
 @pytest.mark.live
