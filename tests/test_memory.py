@@ -127,6 +127,14 @@ def test_scratch_of_a_kernel_raises_the_peak_and_is_gone():
     assert tracker.peak == 4000 + 4000 + 5000 and tracker.live == 0
 
 
+def test_flash_attentions_backward_takes_room_for_each_document():
+    tokens, config = 256, TrainConfig(device="cpu", dtype="bf16", model_max_length=256)
+    for documents in (100, 200):  # so many that the peak is there
+        run = Rehearsal(config, SIZES, torch.device("cpu"), for_gpu=True, documents=documents)
+        found = predict(run, GPUS["h100"]).highest.peak["kernel scratch"]
+        assert found == (tokens + 128 * documents) * SIZES.n_heads * (32 + 1) * 4
+
+
 def test_the_allocator_takes_segments_cuts_them_and_joins_what_is_free():
     allocator, mib = CachingAllocator(), 2**20
     small, large, middle = Block(100, ""), Block(43 * mib, ""), Block(4 * mib, "")
