@@ -192,6 +192,19 @@ def test_many_rows_in_a_step_need_what_the_three_rehearsed_need(flags, count, mo
     assert len(three) < len(five) and all(phase in three for phase in five)
 
 
+def test_on_a_gpu_every_phase_is_measured_by_the_allocators_own_figures(monkeypatch):
+    highest = iter(range(10**6))
+    figures = {"memory_allocated": 5, "memory_reserved": 7, "reset_peak_memory_stats": None, "empty_cache": None}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda figure=figure: figure)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(highest))
+    measured = memory.measure(rehearsal({}, SIZES), torch.device("cuda"))
+    counted = memory.measure(rehearsal({}, SIZES), torch.device("cpu"))
+    assert [(phase.part, phase.name) for phase in measured.phases] == [(phase.part, phase.name) for phase in counted.phases]
+    assert measured.highest is measured.phases[-1] and measured.peak == len(measured.phases) - 1
+    assert measured.reserved == 7 and simulated(measured, SIZES.n_layers)["allocated peak"] == measured.peak
+
+
 def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():
     sizes = replace(SIZES, n_layers=2, vocab_size=4000)
     few = rehearsal({}, sizes)
