@@ -389,6 +389,7 @@ def measure(run, device: torch.device) -> Timeline:
     if device.type != "cuda":
         return timeline(watch(run, False).diary)
     torch.cuda.empty_cache()
+    run.connect()
     perform(run, gauge := Gauge(), lambda model: None)
     return Timeline(gauge.phases[:-1], reserved=torch.cuda.memory_reserved())  # it is never given back by itself
 

@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from helping.files import flush_to_disk
@@ -166,9 +165,10 @@ def make_state(model: nn.Module, optimizer) -> None:
     """Have the optimizer make the state that it makes in its first step: one with gradients of zero and, before the loop, a
     rate of zero, which changes no weight."""
     for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        if weight.requires_grad:  # one after the other: --optimizer_in_backward has no room for all gradients
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+            weight.grad = None
 
 
 def restore(folder: Path, model: nn.Module, optimizer, workers) -> None:
@@ -194,10 +194,8 @@ class Saver:
         self.model, self.optimizer, self.scaler, self.workers = model, optimizer, scaler, workers
         self.state = self.writing = self.thread = None
         if config.async_save:
+            self.room, self.workers = {}, workers.beside()
             cuda = workers.device.type == "cuda"
-            # Pinned memory is faster to copy into; it is kept for the next copies.
-            how = StagingOptions(cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
-            self.stager, self.workers = DefaultStager(how), workers.beside()
             begin = partial(torch.cuda.set_device, workers.device) if cuda else None  # a new thread would begin on GPU 0
             self.thread = ThreadPoolExecutor(1, initializer=begin)
 
@@ -233,7 +231,7 @@ class Saver:
         self.wait()
         tensors = tensors_of(self.model, optimizer)
         if self.thread:
-            tensors = self.stager.stage(tensors)
+            tensors = self.copy(tensors)
         about = state | {"rows": list(state["rows"]), "scaler": self.scaler.state_dict()}
 
         def write():
@@ -245,6 +243,16 @@ class Saver:
             self.writing = self.thread.submit(write)
         else:
             write()
+
+    def copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors, or a rank's shards, as they are now, in the host's memory: the room of the first copy serves all. (PyTorch
+        has a DefaultStager for this; that of 2.11 can be used once.)"""
+        for name, tensor in tensors.items():
+            if name in self.room:
+                self.room[name].copy_(tensor)
+            else:
+                self.room[name] = tensor.to("cpu", copy=True)
+        return {name: self.room[name] for name in tensors}
 
     @property
     def failed(self) -> bool:

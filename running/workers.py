@@ -67,7 +67,7 @@ class Workers:
     def __init__(self, device: torch.device, world: int | None = None):
         self.world, self.rank = world or int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.first, self.device, self.group = self.rank == 0, device, None
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:  # without a number it is the current one
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -97,11 +97,11 @@ def find_gpu(name: str) -> GPU:
     raise ValueError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}, or a size such as 80GB")
 
 
-def flash_scratch(grad, q, *_) -> int:
-    """Bytes that flash attention's backward takes for itself: dQ is summed in fp32, and one fp32 number a row, T + 128 rows
-    (FlashAttention-2's varlen backward)."""
-    tokens, heads, size = q.shape
-    return (tokens + 128) * heads * (-(-size // 32) * 32 + 1) * 4
+def flash_scratch(grad, q, k, v, out, lse, cu_seqlens, *_) -> int:
+    """Bytes that flash attention's backward takes for itself: dQ is summed in fp32, and one fp32 number a row, T rows and 128
+    for each document (FlashAttention-2's varlen backward)."""
+    (tokens, heads, size), documents = q.shape, len(cu_seqlens) - 1
+    return (tokens + 128 * documents) * heads * (-(-size // 32) * 32 + 1) * 4
 
 
 class FusedNorm(torch.autograd.Function):

@@ -33,11 +33,14 @@ class Rehearsal:
     for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
     supervised: int | None = None  # positions with a label, if that is known
     processes: int = 1
+    documents: int = 1  # in the row, where flash attention takes them together: its backward has room for each
 
     def __post_init__(self):
         tokens = self.config.per_device_train_batch_size * self.config.model_max_length
-        row = torch.zeros(tokens, dtype=torch.int64)
-        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32)}
+        row, sdpa = torch.zeros(tokens, dtype=torch.int64), self.config.attention == "sdpa"
+        self.flash = self.for_gpu and sdpa and train.computed_in(self.config, self.device) != torch.float32
+        borders = torch.tensor([*range(self.documents if self.flash else 1), tokens], dtype=torch.int32)
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": borders}
 
     def connect(self):
         check_processes(self.config, self.processes)
@@ -47,8 +50,7 @@ class Rehearsal:
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
         self.model = train.build(self.config, self.device, self.sizes, self.shard)
-        dtype = train.computed_in(self.config, self.device)
-        if self.for_gpu and self.config.attention == "sdpa" and dtype != torch.float32:
+        if self.flash:
             for layer in self.model.layers:
                 layer.attention.method = "varlen"
         self.optimizer = train.make_optimizer(self.config, self.model)
@@ -95,12 +97,14 @@ class Memory:
         self.gpu = GPU.here(device) if device.type == "cuda" else None
         self.counted, self.line = Tracker(), None
         self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in data.batches.rows))
+        self.documents = 1 + max(map(len, data.batches.rows))  # the unused tail is one
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
         # A group of --hsdp holds what so many processes alone would hold: copies of it are summed where their gradients are.
         config, processes = dataclasses.replace(self.config, hsdp=0), self.config.hsdp or self.workers.world
-        run = Rehearsal(config, self.sizes, torch.device("cpu"), self.gpu is not None, self.supervised, processes)
+        cpu = torch.device("cpu")
+        run = Rehearsal(config, self.sizes, cpu, self.gpu is not None, self.supervised, processes, self.documents)
         try:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations

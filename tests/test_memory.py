@@ -127,6 +127,14 @@ def test_scratch_of_a_kernel_raises_the_peak_and_is_gone():
     assert tracker.peak == 4000 + 4000 + 5000 and tracker.live == 0
 
 
+def test_flash_attentions_backward_takes_room_for_each_document():
+    tokens, config = 256, TrainConfig(device="cpu", dtype="bf16", model_max_length=256)
+    for documents in (100, 200):  # so many that the peak is there
+        run = Rehearsal(config, SIZES, torch.device("cpu"), for_gpu=True, documents=documents)
+        found = predict(run, GPUS["h100"]).highest.peak["kernel scratch"]
+        assert found == (tokens + 128 * documents) * SIZES.n_heads * (32 + 1) * 4
+
+
 def test_the_allocator_takes_segments_cuts_them_and_joins_what_is_free():
     allocator, mib = CachingAllocator(), 2**20
     small, large, middle = Block(100, ""), Block(43 * mib, ""), Block(4 * mib, "")
@@ -182,6 +190,19 @@ def test_many_rows_in_a_step_need_what_the_three_rehearsed_need(flags, count, mo
     monkeypatch.setattr("sizing.rehearsal.ROWS", 5)
     five = as_plain(predict(run))
     assert len(three) < len(five) and all(phase in three for phase in five)
+
+
+def test_on_a_gpu_every_phase_is_measured_by_the_allocators_own_figures(monkeypatch):
+    highest = iter(range(10**6))
+    figures = {"memory_allocated": 5, "memory_reserved": 7, "reset_peak_memory_stats": None, "empty_cache": None}
+    for name, figure in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda figure=figure: figure)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(highest))
+    measured = memory.measure(rehearsal({}, SIZES), torch.device("cuda"))
+    counted = memory.measure(rehearsal({}, SIZES), torch.device("cpu"))
+    assert [(phase.part, phase.name) for phase in measured.phases] == [(phase.part, phase.name) for phase in counted.phases]
+    assert measured.highest is measured.phases[-1] and measured.peak == len(measured.phases) - 1
+    assert measured.reserved == 7 and simulated(measured, SIZES.n_layers)["allocated peak"] == measured.peak
 
 
 def test_fewer_labels_make_a_smaller_prediction_as_they_make_a_smaller_run():

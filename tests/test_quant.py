@@ -250,8 +250,8 @@ def test_the_matrix_vector_kernel_is_the_product_with_the_dequantised_weight(sha
     x64, weight = x.double(), dequantize_plain(packed, dtype).double()
     exact = x64 @ weight.T
     error = (matvec_triton(x, packed).double() - exact).abs()
-    # The result is rounded once to dtype; before that the sums are fp32's.
-    assert (error <= torch.finfo(dtype).eps * exact.abs() + 2**-23 * (x64.abs() @ weight.abs().T)).all()
+    # The result is rounded once to dtype; before that the sums are fp32's, which tensor cores cut off where others round.
+    assert (error <= torch.finfo(dtype).eps * exact.abs() + 2 ** (-20 if GPU else -23) * (x64.abs() @ weight.abs().T)).all()
 
 
 @pytest.mark.live

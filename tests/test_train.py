@@ -23,7 +23,6 @@ from conftest import answer, load
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,6 +30,7 @@ import train as train_script
 from data import TEMPLATES, DataError, PackedBatches, encode_documents
 from generate import GenerateConfig, Sampling
 from lora import load_adapter
+from memory import Tracker
 from model import CheckpointError, from_hf, load_model, read_config, save_hf, save_meta
 from running import checkpoint as checkpoint_script
 from running import folder as folder_script
@@ -412,8 +412,8 @@ def test_the_run_goes_on_while_a_checkpoint_is_written_and_what_is_written_is_it
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_copy_for_background_saves_takes_the_memory_that_was_predicted(base, method, capsys, monkeypatch):
-    staged, stage = [], DefaultStager.stage
-    monkeypatch.setattr(DefaultStager, "stage", lambda *given: staged.append(stage(*given)) or staged[-1])
+    staged, copy = [], checkpoint_script.Saver.copy
+    monkeypatch.setattr(checkpoint_script.Saver, "copy", lambda *given: staged.append(copy(*given)) or staged[-1])
     run(base, method=method, async_save=True, max_steps=2)
     assert "GB of the host's, a copy from which checkpoints are written" in capsys.readouterr().out
     took = sum(x.nbytes for name, x in staged[-1].items() if not name.endswith(".step"))
@@ -421,6 +421,25 @@ def test_the_copy_for_background_saves_takes_the_memory_that_was_predicted(base,
     assert took == copied(config, read_config(base / "base"), None) > 0
     addresses = [{name: x.data_ptr() for name, x in copy.items() if name.startswith("weights.")} for copy in staged]
     assert len(addresses) == 2 and addresses[0] == addresses[1]  # the room of the first copy serves all
+
+
+@pytest.mark.parametrize("more", [{}, {"optim": "adamw_8bit"}])
+def test_the_optimizers_state_is_made_with_one_gradient_at_a_time(tiny_llama, more):
+    """Before the first step, for a save; with all gradients at once a run with --optimizer_in_backward needed more memory for
+    that than ever after, and more than was predicted."""
+    model = tiny_llama(vocab_size=340)
+    optimizer = make_optimizer(TrainConfig(method="full", **more), model)
+    with Tracker() as tracker:
+        checkpoint_script.make_state(model, optimizer)
+    weights = list(model.parameters())
+    assert len(optimizer.state) == len(weights) and all(weight.grad is None for weight in weights)
+    state = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert tracker.live == state < tracker.peak < state + 2 * max(weight.nbytes for weight in weights)
+
+
+def test_a_gpu_without_a_number_is_the_current_one():
+    """torch.cuda.set_device refuses "cuda", which benchmarks/ say."""
+    assert Workers(torch.device("cuda")).world == 1
 
 
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
