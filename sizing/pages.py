@@ -132,7 +132,8 @@ def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
 def confirmed(sizes, flags, gpu: GPU, nproc: int) -> int:
     """Bytes by the formula; where the segments of the allocator, which it leaves out, could decide, those of a simulation."""
     size = needed(sizes, flags, gpu, nproc)
-    if 0.75 * gpu.memory < size <= gpu.memory:
+    least = 0.5 if flags.cpu_offload else 0.75  # of what is reserved: what is brought and sent comes from segments of its own
+    if least * gpu.memory < size <= gpu.memory:
         size = simulate(flags, sizes, gpu, nproc).reserved + gpu.context
     return size
 
