@@ -338,9 +338,9 @@ class Int8Linear(FrozenLinear):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         # Multiplied in fp32 and rounded once, straight into its place: no fp32 weight is made first. On a CPU some rows at a
-        # time, which stay in its cache: ten times as fast.
+        # time, which stay in its cache: ten times as fast. (A fake tensor has no numbers to keep there.)
         out, scale = torch.empty_like(self.weight, dtype=dtype), self.scale.data.view(torch.float32)
-        rows = len(out) if out.is_cuda else max(1, 2**19 // self.in_features)
+        rows = max(1, 2**19 // self.in_features) if type(out) is torch.Tensor and not out.is_cuda else len(out)
         for place, weight, factor in zip(out.split(rows), self.weight.data.split(rows), scale.split(rows), strict=True):
             torch.mul(weight, factor, out=place)
         return out

@@ -120,8 +120,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if not full and (adapted := moved & inside.keys()):
         block += f" + T * r * {len(adapted)} * b" + f" + r * {sum(sum(inside[x]) for x in adapted)} * 2" * half
     copies = " + W * 2" * masters  # of the weights, by autocast
-    kept = "T * C * s" if again else block + copies  # with checkpointing only the block's input
-    made_by_nothing_trained = not (again or full or "tok_embeddings" in moved)  # such an input needs no gradient
+    head_only = moved == {"output"}  # no block has a backward
+    kept = "0" if head_only else "T * C * s" if again else block + copies  # with checkpointing only the block's input
+    made_by_nothing_trained = not (again or head_only or full or "tok_embeddings" in moved)  # such an input needs no gradient
     reads, of_none = moved & {"wq", "wk", "wv"}, f" - T * C * {s if gpu else 4}"
     if not reads and "wo" not in moved:  # nor does the second norm's input, nor attention
         reads, of_none = moved & {"w1", "w3"}, f"{of_none} * 2 - ({attention})"
@@ -132,9 +133,10 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
 
     # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
     # logarithms of probabilities, which become their gradient, and the head's.
-    held, several = "3 * T * C * s", known["T"] > known["n"]  # chunks; the first one's gradients are the sum's beginning
+    several = known["T"] > known["n"]  # chunks; the first one's gradients are the sum's beginning
     kept = "" if gpu else f" + T * C * {(2 if s == 2 else 0) + 4 * full}"
-    held += kept  # its norm's input in fp32 instead of 16 bits, and what a trained weight is multiplied with
+    # On a CPU its norm's input in fp32 instead of 16 bits, too, and what a trained weight is multiplied with.
+    held = f"{3 - head_only} * T * C * s{kept}"
     if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
         held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}"
     moments = [f"8 * n * V + {3 if 'output' in moved else 1} * n * C * s"]  # with an adapter: its part, the head's, their sum
@@ -196,7 +198,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     if passing:  # the next one's
         (left if again else rises).append("G / P")
     kept = f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)}"  # but for its result, which the loss is done with
-    if again:  # the block once more
+    if head_only:
+        term("a block's backward", "0")
+    elif again:  # the block once more
         term("a block's backward", *(f"{kept} + {text}" for text in rises), *left)
     else:
         term("a block's backward", *rises, *(f"{text} - ({kept})" for text in left))
@@ -279,6 +283,6 @@ def simulated(line, n_layers: int) -> dict[str, int]:
         "activations, last layer": phases[f"forward {last}"].kept if last else 0,
         "activations, middle layers": sum(phases[f"forward {i}"].kept for i in range(1, last)),
         "logits and loss": phases["loss"].rise,
-        "a block's backward": phases[f"backward {last}"].rise,
+        "a block's backward": phases[f"backward {last}"].rise if f"backward {last}" in phases else 0,
         "allocated peak": line.peak - line.tails,
     }

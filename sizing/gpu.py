@@ -71,7 +71,7 @@ class GPU:
     @classmethod
     def here(cls, device: torch.device) -> "GPU":
         found = torch.cuda.get_device_properties(device)
-        return cls(found.name, found.total_memory, hopper=found.major >= 9)
+        return cls(found.name, found.total_memory, hopper=found.major >= 9, dtype="bf16" if found.major >= 8 else "fp16")
 
 
 GPUS = {
@@ -92,7 +92,7 @@ def find_gpu(name: str) -> GPU:
     """One of GPUS, or any size: 80GB. Raises ValueError naming the known ones."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
-    if size := re.fullmatch(r"(\d+(?:\.\d+)?)GB", name, re.IGNORECASE):
+    if (size := re.fullmatch(r"(\d+(?:\.\d+)?)GB", name, re.IGNORECASE)) and float(size[1]):
         return GPU(name, int(float(size[1]) * 1e9))
     raise ValueError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}, or a size such as 80GB")
 

@@ -15,7 +15,7 @@ import train
 from helping.flags import parse_flags, with_tuples
 from memory import Timeline, measure, predict
 from model import PRESETS, read_config
-from sizing.advice import advice, listed, needed, sharded
+from sizing.advice import advice, listed, needed, sharded, spelled
 from sizing.formula import formula, letters, linears, simulated
 from sizing.gpu import GPU, GPUS, find_gpu
 from sizing.rehearsal import Rehearsal, copied
@@ -54,11 +54,16 @@ def answer(words: list[str]) -> None:
     length, window = given.get("model_max_length", train.TrainConfig.model_max_length), sizes.max_seq_len
     too_long = f"--model_max_length {length} is more than the {window} tokens the model was trained to read; for as many a row: "
     too_long += f"--per_device_train_batch_size {-(-length // window)} --model_max_length {window}"
+    is_grid = "method" not in given and not mine.solve and not mine.measure and on
+    lonely = given.get("fsdp") and nproc == 1 and mine.solve != "gpus"
     wants_bf16 = given.get("dtype") == "bf16" or given.get("pure_bf16")
     for wrong, sentence in (
         (not on and (gpu or nproc > 1), "--device cpu takes neither --gpu nor --nproc"),
-        (given.get("fsdp") and nproc == 1, "--fsdp shares the model out over several GPUs: --nproc says how many"),
+        (lonely, "--fsdp shares the model out over several GPUs: --nproc says how many"),
         (mine.solve and not gpu, "--solve needs --gpu, the GPU to fill"),
+        (mine.solve and (mine.json or mine.plot), "--solve answers in a line, without --json and --plot"),
+        (mine.solve == "gpus" and given.get("hsdp"), "--solve gpus cuts a copy over all GPUs: leave out --hsdp"),
+        (is_grid and mine.plot, "--plot draws one run: --method says which"),
         (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
         (mine.plot and not find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib"),
@@ -74,7 +79,7 @@ def answer(words: list[str]) -> None:
         dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else usual
         return train.TrainConfig(**packed | given | {"dtype": dtype, "method": method} | more)
 
-    if "method" not in given and not mine.solve and not mine.measure and on:
+    if is_grid:
         return grid(name, sizes, make, on, nproc, mine.json)
     flags = make(given.get("method", "lora"))
     if mine.solve:
@@ -94,7 +99,7 @@ def answer(words: list[str]) -> None:
     layers, verdict, need = layer_rows(line), None, (line.reserved or line.peak) + (on.context if on else 0)
     if gpu:
         verdict = {"gpu": gpu.name, "capacity": gpu.memory, "needed": need, "fits": need <= gpu.memory}
-        verdict["changes"] = [] if verdict["fits"] else advice(sizes, flags, gpu, nproc)
+        verdict["changes"] = [] if verdict["fits"] else advice(sizes, flags, gpu, nproc, confirmed)
     copy = {"host_copy": copied(flags, sizes, on, nproc)} if flags.async_save else {}
     if mine.json:
         unknown = dict.fromkeys(("formula", "simulated", "measured"))
@@ -104,14 +109,15 @@ def answer(words: list[str]) -> None:
         print(json.dumps(result | {"peak_phase": f"{line.highest.part}, {line.highest.name}", "verdict": verdict}))
     else:
         tokens, where = flags.per_device_train_batch_size * flags.model_max_length, on.name if on else "a CPU"
-        print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised\n")
+        upper = "; not compiled, which is an upper bound" * flags.compile
+        print(f"{name}, {flags.method}, {tokens:,} tokens a row, {flags.dtype}, on {where}: every position supervised{upper}\n")
         show(letters(sizes, flags, nproc), terms, arithmetic, layers, line)
         if copy:
             print(f"\n{copy['host_copy'] / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
         if verdict:
             fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
             print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
-            print("stay free." if fits else f"too few. What would help:{listed(verdict['changes'])}")
+            print("stay free." if fits else f"too few.{listed(verdict['changes'])}")
         elif on:
             held = holders(lambda gpu: line.reserved + gpu.context)
             print(f"\nGPUs that hold it: {held}; --gpu NAME says by how much, or what helps.")
@@ -121,6 +127,15 @@ def answer(words: list[str]) -> None:
 
 def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
     return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None, processes=nproc), gpu)
+
+
+def confirmed(sizes, flags, gpu: GPU, nproc: int) -> int:
+    """Bytes by the formula; where the segments of the allocator, which it leaves out, could decide, those of a simulation."""
+    size = needed(sizes, flags, gpu, nproc)
+    least = 0.5 if flags.cpu_offload else 0.75  # of what is reserved: what is brought and sent comes from segments of its own
+    if least * gpu.memory < size <= gpu.memory:
+        size = simulate(flags, sizes, gpu, nproc).reserved + gpu.context
+    return size
 
 
 def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
@@ -136,10 +151,10 @@ def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
 
 def layer_rows(line: Timeline) -> list[dict]:
     """What each layer keeps in forward; what its backward needs on top, adds (gradients) and frees. Second step, bytes."""
-    rows = {}
+    rows, columns = {}, "layer forward_kept forward_peak backward_peak backward_added backward_freed".split()
     for phase in line.phases:
         if phase.part == "second step" and phase.layer is not None:
-            row = rows.setdefault(phase.layer, {"layer": phase.layer})
+            row = rows.setdefault(phase.layer, dict.fromkeys(columns) | {"layer": phase.layer})
             if phase.name.startswith("forward"):
                 row |= {"forward_kept": phase.kept, "forward_peak": phase.rise}
             else:
@@ -166,8 +181,9 @@ def show(known: dict, terms: dict, arithmetic: dict, layers: list[dict], line: T
     sizes = [list(row.values())[1:] for row in layers]
     rows = [(f"layer {i}", *row, "") for i, row in enumerate(sizes) if i in (0, len(sizes) - 1) or row != sizes[i - 1]]
     table("GB per layer", ["kept", "peak", "backward", "adds", "frees"], rows, 14)
-    ends = [phase for phase in line.phases if phase.layer in (None, 0, len(layers) - 1)]
-    rows = [(f"{p.part}, {p.name}", *(x.total() for x in p.moments), "<- the peak" if p is line.highest else "") for p in ends]
+    ends = [phase for phase in line.phases if phase.layer in (None, 0, len(layers) - 1) or phase is line.highest]
+    peak = "<- the peak" + f", {line.peak / 1e9:.3f} with the allocator's rounding" * bool(line.tails)
+    rows = [(f"{p.part}, {p.name}", *(x.total() for x in p.moments), peak if p is line.highest else "") for p in ends]
     table("\nGB over time", ["start", "peak", "end"], rows, 39)
 
 
@@ -204,7 +220,7 @@ def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
             row = {"method": method, "tokens": tokens, "batch": batch, "bytes": size, "fits": fits}
             rows.append(row | {"held_by": [] if held.startswith("none") else held.split()})
             if fits:
-                best[method] = flags  # the longest of each method
+                best.setdefault(method, []).append(flags)
     if as_json:
         return print(json.dumps({"model": name, "grid": rows}))
     print("By the formula, with --gradient_checkpointing: the allocated peak and the CUDA context; the GPUs that hold it\n")
@@ -214,24 +230,25 @@ def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
     if not gpu.memory:
         print("--method shows one of them in full; --gpu NAME says what that GPU can do.")
     elif best:
-        most = [f"{x} to {y.per_device_train_batch_size * y.model_max_length} tokens" for x, y in best.items()]
-        flags = best.get("lora") or best.get("qlora") or best["full"]
+        most = [f"{x} to {y[-1].per_device_train_batch_size * y[-1].model_max_length} tokens" for x, y in best.items()]
         print(f"On {gpu.name} ({gpu.memory / 1e9:.2f} GB): {', '.join(most)}")
-        start = f"torchrun --nproc_per_node {nproc}" if nproc > 1 else "python"
-        print(
-            f"To begin with: {start} train.py --method {flags.method} --model FOLDER --data RECORDS "
-            f"--gradient_checkpointing --model_max_length {flags.model_max_length} "
-            f"--per_device_train_batch_size {flags.per_device_train_batch_size}"
-        )
+        tried = best.get("full", []) + best.get("qlora", []) + best.get("lora", [])  # lora's longest first
+        begin = next((x for x in tried[::-1] if confirmed(sizes, x, gpu, nproc) <= gpu.memory), None)
+        print(f"To begin with: {command(begin, gpu, nproc)}" if begin else "None leaves room for the allocator: --solve length")
     else:
         least = make("qlora", model_max_length=512, gradient_checkpointing=True)
         print(f"None fits whole on {gpu.name} ({gpu.memory / 1e9:.2f} GB): the least, qlora at 512 tokens, takes ", end="")
         print(f"{needed(sizes, least, gpu, nproc) / 1e9:.2f} GB.")
         print(f"  one GPU that holds it: {holders(lambda gpu: needed(sizes, least, gpu))}")
-        if gpu.dtype == "fp16":
-            print(f"  cut over several GPUs, --fsdp, it is computed in bf16, which {gpu.name} has not")
-        else:
-            print(f"  {within(sizes, make, gpu, nproc) if nproc > 1 else fewest(sizes, least, gpu)}")
+        print(f"  {within(sizes, make, gpu, nproc) if nproc > 1 else fewest(sizes, least, gpu)}")
+
+
+def command(flags, gpu: GPU, nproc: int) -> str:
+    """How train.py is called to do this."""
+    packed = {"quantize": "nf4"} if flags.method == "qlora" else {}
+    usual = train.TrainConfig(method=flags.method, model=flags.model, data=flags.data, dtype=gpu.dtype, **packed)
+    start = f"torchrun --nproc_per_node {nproc}" if nproc > 1 else "python"
+    return f"{start} train.py --method {flags.method} --model FOLDER --data RECORDS {spelled(flags, usual)}"
 
 
 def holders(need) -> str:
@@ -249,45 +266,66 @@ def within(sizes, make, gpu: GPU, nproc: int) -> str:
                 continue
             line = simulate(flags, sizes, gpu, nproc)
             if (need := line.reserved + gpu.context) <= gpu.memory:
-                offload = " --cpu_offload True" * bool(more)
-                waits = f", and {nproc} x {line.host / 1e9:.2f} GB of the host's memory" * bool(more)
-                flags = f"--method qlora --fsdp True{offload} --gradient_checkpointing"
-                flags += f" --model_max_length {length}"
-                start = f"torchrun --nproc_per_node {nproc} train.py {flags} --model FOLDER --data RECORDS"
+                waits = f", and {nproc} x {line.host / 1e9:.2f} GB of the host's memory" * flags.cpu_offload
                 size = f"{need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB each, simulated{waits}"
-                return f"{nproc} x {gpu.name} in shards, {length:,} tokens a row: {size}\n  {start}"
+                tokens = f"{nproc} x {gpu.name} in shards, {flags.model_max_length:,} tokens a row"
+                return f"{tokens}: {size}\n  {command(flags, gpu, nproc)}"
     least = make("qlora", model_max_length=512, gradient_checkpointing=True)
     return f"{nproc} x {gpu.name} do not hold it in shards either, nor with --cpu_offload; {fewest(sizes, least, gpu)}"
 
 
+def filled(gpu: GPU, runs: list) -> tuple[int, int]:
+    """How many of these runs, of which each needs more than the one before, fit the GPU, and the bytes that the last one needs:
+    sought with the formula, which gives the next to simulate, until one is found that fits where the next does not.
+    runs: (sizes, flags, processes)."""
+    fit, no, beyond, size = 0, len(runs) + 1, 0, 0  # beyond: what the last simulation needed beyond the formula
+
+    def arithmetic(run):
+        return needed(run[0], run[1], gpu, run[2])
+
+    while no - fit > 1:
+        i = min(max(bisect_right(runs, gpu.memory - beyond, key=arithmetic), fit + 1), no - 1)
+        need = closed = arithmetic(run := runs[i - 1])
+        if closed <= 1.02 * gpu.memory:
+            line = simulate(run[1], run[0], gpu, run[2])
+            need = line.reserved + gpu.context
+            beyond = need - closed
+        if need <= gpu.memory:
+            fit, size = i, need
+        else:
+            no = i
+    return fit, size
+
+
 def fewest(sizes, flags, gpu: GPU) -> str:
-    """The fewest GPUs that hold it, sharded: sought with the formula, confirmed with a simulation."""
-    for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512):
-        tried = sharded(flags) if count > 1 else flags
-        if needed(sizes, tried, gpu, count) <= gpu.memory:
-            need = simulate(tried, sizes, gpu, count).reserved + gpu.context
-            if need <= gpu.memory:
-                how = f"{count} x {gpu.name}" + f", --nproc {count} --fsdp" * (count > 1)
-                return f"{how}: {need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB each, simulated"
+    """The fewest GPUs that hold it: one, or more in shards."""
+    whole = replace(flags, fsdp=False, cpu_offload=False)
+    shards = [(sizes, sharded(flags), count) for count in range(512, 1, -1)]
+    for runs in [(sizes, whole, 1)], shards:
+        fit, need = filled(gpu, runs)
+        if fit:
+            count = runs[fit - 1][2]
+            how = f"{count} x {gpu.name}" + f", --nproc {count} --fsdp" * (count > 1)
+            return f"{how}: {need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB each, simulated"
     return f"no number of {gpu.name} up to 512: what is not sharded, activations and loss, is too much; --solve length"
 
 
 def solve(what: str, sizes, flags, gpu: GPU, nproc: int) -> str:
-    """The largest batch or length, or the fewest GPUs, that fit: sought with the formula, confirmed with a simulation."""
+    """The largest batch or length, or the fewest GPUs, that fit."""
     if what == "gpus":
         return fewest(sizes, flags, gpu)
-    name, step, most = "per_device_train_batch_size", 1, 4096
+    name, values = "per_device_train_batch_size", range(1, 4097)
     if what == "length":
-        name, step, most = "model_max_length", 128, sizes.max_seq_len
-    values = [replace(flags, **{name: value}) for value in range(step, most + 1, step)]
-    aim = gpu.memory  # lowered by what a simulation needs beyond the formula
-    while count := bisect_right(values, aim, key=lambda tried: needed(sizes, tried, gpu, nproc)):
-        need = simulate(values[count - 1], sizes, gpu, nproc).reserved + gpu.context
-        if need <= gpu.memory:
-            of = f"{need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB"
-            return f"--{name} {count * step} is the largest on {gpu.name}: {of}, simulated"
-        aim, values = aim - (need - gpu.memory), values[: count - 1]
-    return f"not even --{name} {step} fits on {gpu.name}; without --solve this program says what would"
+        name, values = "model_max_length", range(128, sizes.max_seq_len + 1, 128) or [sizes.max_seq_len]
+    fit, need = filled(gpu, [(sizes, replace(flags, **{name: value}), nproc) for value in values])
+    if not fit:
+        return f"not even --{name} {values[0]} fits on {gpu.name}; without --solve this program says what would"
+    found = f"--{name} {values[fit - 1]}"
+    if fit < len(values):
+        found += f" is the largest on {gpu.name}" + " in steps of 128" * (what == "length")
+    else:
+        found += f" fits on {gpu.name}, and is " + ("all that the model was trained to read" if what == "length" else "all tried")
+    return f"{found}: {need / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB, simulated"
 
 
 def reproduce() -> None:

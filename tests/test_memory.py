@@ -325,6 +325,7 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", {"lora_targets": ("wq", "wv"), "lora_rank": 64}, 2048, 1),
     ("125m", OUTER | {"dtype": "fp32"}, 512, 1),
     ("125m", OUTER, 256, 1),  # one chunk of the loss
+    ("1b", AGAIN | {"lora_targets": ("output",), "lora_rank": 64}, 2048, 1),  # no block has a backward
     ("125m", FULL, 256, 1),
     ("7b", FULL, 512, 1),
     ("7b", FULL, 2048, 1),
@@ -432,7 +433,30 @@ def test_70b_on_two_24_gb_cards():
     answer = memory_py("--model", "70b", "--gpu", "3090", "--nproc", "2").stdout
     assert "None fits whole" in answer and "one GPU that holds it: a100-40" in answer
     assert "2 x 3090 in shards, 1,024 tokens a row: " in answer and "simulated" in answer
-    assert "torchrun --nproc_per_node 2 train.py --method qlora --fsdp True" in answer
+    assert "torchrun --nproc_per_node 2 train.py --method qlora " in answer
+    assert answer.endswith("--gradient_checkpointing True --model_max_length 1024 --fsdp True\n")
+
+
+def test_where_to_begin_names_the_flags_that_its_figure_is_of():
+    answer = memory_py("--model", "13b", "--gpu", "3090", "--nproc", "4", "--fsdp", "--lora_rank", "16").stdout
+    begin = answer.splitlines()[-1].split(" --data RECORDS ")[1]
+    assert begin == (
+        "--gradient_checkpointing True --lora_rank 16 --model_max_length 4096 --per_device_train_batch_size 2 --fsdp True"
+    )
+
+
+def test_what_fits_by_arithmetic_but_not_with_the_allocators_segments_is_not_where_to_begin():
+    words = ["--model", "1b", "--nproc", "4", "--fsdp"]
+    tried = rehearsal({"dtype": "bf16"} | AGAIN | SHARDS, PRESETS["1b"], 4096).config
+    tried = replace(tried, model_max_length=2048, per_device_train_batch_size=4)
+    least = needed(PRESETS["1b"], tried, find_gpu("80GB"), 4)
+    answer = memory_py(*words, "--gpu", f"{least / 1e9 + 0.05:.3f}GB").stdout
+    assert "lora to 8192 tokens" in answer and "--per_device_train_batch_size 4" not in answer.splitlines()[-1]
+
+
+def test_gpus_without_bf16_share_a_model_out_in_fp16():
+    answer = memory_py("--model", "70b", "--gpu", "t4", "--nproc", "8").stdout
+    assert "8 x t4 in shards, 2,048 tokens a row: " in answer
 
 
 def test_what_does_not_fit_is_told_what_would():
@@ -461,15 +485,89 @@ def test_what_is_advised_can_be_run_and_sharding_keeps_how_weights_and_moments_a
         assert need[1] < need[0] or "pure_bf16" in given
 
 
-def test_the_largest_batch_fits_and_is_the_largest():
-    answer = memory_py("--model", "125m", "--method", "lora", "--gpu", "8GB", "--solve", "batch", "--model_max_length", "1024")
-    batch = int(answer.stdout.split()[1])
-    flags = replace(rehearsal({"dtype": "bf16"}, PRESETS["125m"], 1024).config, per_device_train_batch_size=batch)
-    gpu = find_gpu("8GB")
-    needs = [
-        needed(PRESETS["125m"], replace(flags, per_device_train_batch_size=size), gpu) for size in (batch, batch + 1 + batch // 4)
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        (TEXTBOOK, {"attention": "sdpa"}),
+        ({"dtype": "fp32"}, {"dtype": "bf16"}),
+        (FULL | SHARDS | {"hsdp": 2}, {"hsdp": 0}),
+        ({"per_device_train_batch_size": 9}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}),
+        ({"quantize": "int8"}, QLORA),
+        (PURE | WITHIN, FULL | {"method": "lora", "pure_bf16": False, "optim": "adamw", "optimizer_in_backward": False}),
+    ],
+)
+def test_a_change_is_named_by_flags_that_go_with_those_given(given, changes):
+    """As the user types it: behind what was given."""
+    flags = rehearsal({"dtype": "bf16"} | given, PRESETS["7b"], 2048).config
+    change, new = next((change, new) for change, new in cheaper(flags, 4) if changes.items() <= new.items())
+    words = [
+        f"--{name} {value}" for name, value in ({"dtype": "bf16", "model_max_length": 2048, "device": "cpu"} | given).items()
     ]
-    assert needs[0] <= gpu.memory < needs[1]
+    typed = " ".join([*words, change.split(",")[0]]).split()
+    assert TrainConfig(**with_tuples(parse_flags(TrainConfig, "", typed))) == replace(flags, **new)
+
+
+def test_a_change_that_the_allocators_segments_leave_no_room_for_is_not_said_to_fit():
+    """7b in shards over two GPUs in pure bf16 needs 23 GB by arithmetic and 28 with the segments it is cut from."""
+    answer = json.loads(memory_py(*"--model 7b --method full --nproc 2 --fsdp --gpu 3090 --json".split()).stdout)
+    pure = next(way for way in answer["verdict"]["changes"] if "--pure_bf16" in way["change"])
+    own = "--model 7b --method full --nproc 2 --fsdp --gpu 3090 --json --optim adamw_8bit --pure_bf16"
+    verdict = json.loads(memory_py(*own.split()).stdout)["verdict"]
+    assert (pure["bytes"], pure["fits"]) == (verdict["needed"], verdict["fits"]) and not pure["fits"]
+
+
+def test_where_the_head_alone_is_trained_blocks_keep_nothing_and_have_no_backward():
+    answer = json.loads(memory_py(*"--model 125m --method lora --lora_targets output --gpu t4 --json".split()).stdout)
+    assert answer["terms"]["a block's backward"]["simulated"] == 0 and answer["verdict"]["fits"]
+    assert all((row["forward_kept"], row["backward_peak"]) == (0, None) for row in answer["per_layer"])
+
+
+def test_where_no_change_is_enough_that_is_said():
+    assert "None of this is enough:" in memory_py("--model", "125m", "--method", "full", "--gpu", "0.6GB").stdout
+
+
+def fits(flags: dict, sizes: ModelConfig, tokens: int, gpu, count: int = 1) -> bool:
+    run = rehearsal({"dtype": "bf16"} | flags, sizes, tokens, for_gpu=True, processes=count)
+    return predict(run, gpu).reserved + gpu.context <= gpu.memory
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1024, "4GB"), (256, "2GB")])
+def test_the_largest_batch_fits_and_one_more_does_not(tokens, size):
+    words = f"--model 125m --method lora --gpu {size} --solve batch --model_max_length {tokens}"
+    batch = int(memory_py(*words.split()).stdout.split()[1])
+    found = [fits({"per_device_train_batch_size": n}, PRESETS["125m"], tokens, find_gpu(size)) for n in (batch, batch + 1)]
+    assert found == [True, False]
+
+
+def test_the_largest_length_fits_and_the_next_does_not():
+    answer = memory_py(*"--model 125m --method lora --gpu 2GB --solve length".split()).stdout
+    length = int(answer.split()[1])
+    assert "is the largest on 2GB in steps of 128" in answer and length < 4096
+    assert [fits({}, PRESETS["125m"], n, find_gpu("2GB")) for n in (length, length + 128)] == [True, False]
+
+
+def test_a_length_that_ends_with_the_models_window_says_so():
+    answer = memory_py(*"--model 125m --method lora --gpu t4 --solve length".split()).stdout
+    assert answer.startswith("--model_max_length 4096 fits on t4, and is all that the model was trained to read: ")
+
+
+def test_the_fewest_gpus_hold_it_and_one_less_does_not():
+    answer = memory_py(*"--model 1b --method full --gpu 7.2GB --fsdp --solve gpus".split()).stdout
+    count = int(answer.split()[0])
+    assert f"--nproc {count} --fsdp" in answer and count == 5
+    assert [fits(FULL | SHARDS, PRESETS["1b"], 512, find_gpu("7.2GB"), n) for n in (count, count - 1)] == [True, False]
+    assert memory_py(*"--model 1b --method full --gpu h100 --nproc 2 --fsdp --solve gpus".split()).stdout.startswith("1 x h100: ")
+
+
+def test_the_peak_is_a_row_of_the_timeline_wherever_it_is():
+    answer = memory_py(*"--model 1b --method full --fsdp --nproc 8 --gpu h100".split()).stdout
+    phase = answer.split("The peak is in the ")[1].split(".")[0]
+    assert any(line.startswith(phase) and "<- the peak" in line for line in answer.splitlines())
+
+
+def test_what_waits_in_the_hosts_memory_is_not_said_to_be_most_of_a_gpus_peak():
+    flags = rehearsal({"dtype": "bf16"} | FULL | SHARDS | {"cpu_offload": True}, PRESETS["7b"], 2048).config
+    assert "host" not in memory.explain_out_of_memory(PRESETS["7b"], flags, GPUS["3090"], 2).split("\n")[0]
 
 
 def test_the_starting_documents_table():
@@ -505,6 +603,10 @@ def test_the_picture_is_drawn(tmp_path):
             "--model 7b --method lora --nproc 2 --optimizer_in_backward --max_grad_norm 0",
             "DDP sums gradients that it then no longer",
         ),
+        ("--model 7b --gpu 0GB", "unknown GPU '0GB'"),
+        ("--model 7b --gpu 3090 --plot out.png", "--plot draws one run: --method says which"),
+        ("--model 7b --gpu 3090 --solve batch --json", "--solve answers in a line"),
+        ("--model 7b --gpu 3090 --nproc 4 --fsdp --hsdp 2 --solve gpus", "leave out --hsdp"),
         ("--model 7b --nproc 0", "--nproc must be at least 1"),
         ("--model 7b --method lora --fsdp", "--fsdp shares the model out over several GPUs: --nproc"),
         ("--model 7b --device cpu --gpu t4", "--device cpu takes neither"),

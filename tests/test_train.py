@@ -1291,5 +1291,5 @@ def test_running_out_of_memory_is_explained(base, monkeypatch):
 
     monkeypatch.setattr(train_script, "training_step", out_of_memory)
     monkeypatch.setattr(Memory, "predict", lambda self: setattr(self, "line", None) or "")
-    with pytest.raises(RunError, match=r"out of memory: .* was predicted, most of it .*\n.*--gradient_checkpointing"):
+    with pytest.raises(RunError, match=r"out of memory: .* was predicted, most of it .*(\n.*)+--gradient_checkpointing"):
         run(base)
