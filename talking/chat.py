@@ -190,9 +190,7 @@ def chat(voices: list[Voice], config: GenerateConfig) -> None:
     live = sys.stdin.isatty()
     if live:
         import readline  # noqa: F401  arrows and history for input()
-    sys.stdin.reconfigure(
-        encoding="utf-8-sig", errors="surrogateescape"
-    )  # -sig: a mark at the beginning is no part of a question
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # -sig: without the mark a file may begin with
     note(f"{' and '.join(voice.name for voice in voices)}, a window of {voices[0].model.config.max_seq_len} tokens; /help")
     system, turns, number = config.system, [], 0
     while True:
