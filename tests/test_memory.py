@@ -21,6 +21,7 @@ from model import PRESETS, ModelConfig
 from sizing.advice import advice, cheaper, needed, sharded
 from sizing.formula import KEPT, formula, simulated
 from sizing.gpu import GPUS, CachingAllocator, find_gpu
+from sizing.pages import within
 from sizing.rehearsal import Rehearsal
 from sizing.shards import processes
 from train import TrainConfig
@@ -455,8 +456,10 @@ def test_what_fits_by_arithmetic_but_not_with_the_allocators_segments_is_not_whe
 
 
 def test_gpus_without_bf16_share_a_model_out_in_fp16():
-    answer = memory_py("--model", "70b", "--gpu", "t4", "--nproc", "8").stdout
-    assert "8 x t4 in shards, 2,048 tokens a row: " in answer
+    def make(method, **more):
+        return TrainConfig(method=method, quantize="nf4", dtype="fp16", **more)
+
+    assert within(PRESETS["1b"], make, find_gpu("t4"), 2).startswith("2 x t4 in shards, 4,096 tokens a row: ")
 
 
 def test_what_does_not_fit_is_told_what_would():
