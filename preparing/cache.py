@@ -1,5 +1,6 @@
 """The cache: tokens of large data in a file that is mapped, not read, written once for all runs and processes that ask for it."""
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -88,10 +89,8 @@ def once(folder: Path, write) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.lock", "wb") as lock:
             try:
-                import fcntl
-
                 fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
-            except (ImportError, OSError):  # no locks on this system or file system: each writes for itself, and the first wins
+            except OSError:  # a disk that knows no locks: each writes for itself, and the first wins
                 temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             if folder.is_dir():
                 return

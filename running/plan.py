@@ -39,15 +39,19 @@ class Plan:
         return RunError(f"{error} in step {step}{where}; the last checkpoint stands. {advice}")
 
 
+def fingerprint(batches: PackedBatches) -> int:
+    """Of the documents' lengths, which decide what is learnt in which step."""
+    return zlib.crc32(np.asarray(batches.sizes, np.int64))
+
+
 def beginning(config, batches: PackedBatches, world: int) -> dict:
     """What a run's steps leave behind, beside weights and optimizer, before there has been one."""
-    lengths = zlib.crc32(np.asarray(batches.sizes, np.int64))  # of the documents: they decide which is learnt in which step
     rows_per_step = config.gradient_accumulation_steps * world
-    return {"step": 0, "best": math.inf, "rows": [], "rows_per_step": rows_per_step, "lengths": lengths}
+    return {"step": 0, "best": math.inf, "rows": [], "rows_per_step": rows_per_step, "lengths": fingerprint(batches)}
 
 
 def make_plan(config, batches: PackedBatches, state: dict, peak: float, dtype: torch.dtype, workers: Workers) -> Plan:
-    rows_per_step, lengths = state["rows_per_step"], beginning(config, batches, workers.world)["lengths"]
+    rows_per_step, lengths = state["rows_per_step"], fingerprint(batches)
     if state.get("lengths", lengths) != lengths:
         raise RunError(
             f"the run in {config.output_dir} began on other records than {', '.join(config.data)} gives now, or wrote them out "

@@ -312,8 +312,9 @@ def load_model(
                 model.set_submodule(path_to, quantize(weight.to(device)))
             else:
                 # copy: a tensor that needed no cast would stay a view of the file, which may change or go
-                rows = torch.contiguous_format  # a .bin may hold a transposed view, which an optimizer would not take as flat
-                setattr(module, leaf, nn.Parameter(weight.to(device, dtype, copy=True, memory_format=rows)))
+                # and row by row: a .bin may hold a transposed view, which an optimizer would not take as flat
+                weight = weight.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+                setattr(module, leaf, nn.Parameter(weight))
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}") from None
 
