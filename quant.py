@@ -14,8 +14,7 @@ in backward. These two more passes over the weights are why a QLoRA step needs l
 
 The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
 scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a
-GPU three Triton kernels (fusing/) do the same faster: a weight made again in one pass, the product of a packed weight with a few
-rows, and the optimizer's step."""
+GPU Triton kernels (fusing/) do the same faster."""
 
 import math
 import os
@@ -33,7 +32,7 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         import triton
 
         from fusing.adamw import adamw_kernel
-        from fusing.nf4 import dequantize_kernel, matvec_kernel
+        from fusing.nf4 import dequantize_kernel, few_rows_kernel, matvec_kernel
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale of their own
@@ -247,16 +246,17 @@ def dequantize_triton(packed: PackedNF4, dtype: torch.dtype) -> torch.Tensor:
 
 
 def matvec_triton(x: torch.Tensor, packed: PackedNF4) -> torch.Tensor:
-    """F.linear(x, dequantised) for 1 to 16 rows of x and W (N, K) with K a multiple of 256, but for the order of its sums."""
-    (n, k), rows = packed.shape, x.flatten(0, -2)
+    """F.linear(x, dequantised), 1 to 16 rows, K a multiple of 256, but for the order of sums; for one row W is not rounded."""
+    (n, k), rows, (arguments, nested) = packed.shape, x.flatten(0, -2).contiguous(), _kernel_arguments(packed)
     out = x.new_empty(len(rows), n)
-    arguments, nested = _kernel_arguments(packed)
     with torch.cuda.device_of(out):
-        matvec_kernel[(triton.cdiv(n, 16),)](
-            rows.contiguous(), packed.data, *arguments, out, len(rows), n, k, nested, "ieee",
-            BN=16, BYTES=128, enable_fp_fusion=True,
-            num_stages=2 if x.dtype == torch.float32 else 4,  # blocks on their way: no more than 64 KB
-        )  # fmt: skip
+        if len(rows) == 1:
+            arguments = (rows, packed.data.view(torch.int32), *arguments, out, n, k, nested)
+            matvec_kernel[(triton.cdiv(n, 8),)](*arguments, BN=8, WORDS=32, num_warps=2, enable_fp_fusion=True)
+        else:
+            arguments = (rows, packed.data, *arguments, out, len(rows), n, k, nested)
+            tile = 16 if x.dtype == torch.float32 else 32  # what a T4's 64 KB of shared memory have room for
+            few_rows_kernel[(triton.cdiv(n, tile),)](*arguments, "ieee", tile, BYTES=128, num_stages=2, enable_fp_fusion=True)
     return out.view(*x.shape[:-1], n)
 
 

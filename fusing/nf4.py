@@ -1,4 +1,4 @@
-"""NF4 on a GPU: a weight made again in one pass, and the product of a packed weight with a few rows, which never makes it.
+"""NF4 on a GPU: a weight made again in one pass, and the product of a packed weight with one row or a few, which never makes it.
 
 quant.py has the plain lines these kernels equal, says what their arguments hold, and calls them."""
 
@@ -33,10 +33,33 @@ def dequantize_kernel(data, absmax, nested, offset, levels, dynamic, out, blocks
 
 @triton.jit
 def matvec_kernel(
+    x, words, absmax, nested, offset, levels, dynamic, out, N, K, NESTED: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr
+):
+    """out (N,) = W x, BN of W's N rows a program, WORDS x 8 of its K columns at a time.
+
+    A GPU reads 4 bits a weight faster than it makes numbers of them, so what counts is how few instructions a weight takes: it is
+    cut out of its word of 32 bits, looked up, multiplied. The scale is one more for eight of them."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = n[:, None] < N
+    total = tl.zeros((BN, WORDS), dtype=tl.float32)
+    for start in range(0, K // 8, WORDS):
+        at = start + tl.arange(0, WORDS)
+        word = tl.load(words + n[:, None] * (K // 8) + at[None, :], mask=inside, other=0)
+        part = tl.zeros((BN, WORDS), dtype=tl.float32)
+        for i in tl.static_range(8):  # of a byte the high half is first: the second four bits, the first, the fourth, ...
+            level = tl.load(levels + ((word >> (i ^ 1) * 4) & 15))
+            part += level * tl.load(x + 8 * at + i).to(tl.float32)[None, :]
+        block = n[:, None] * (K // 64) + at[None, :] // 8
+        total += part * _scale_of(block, inside, absmax, nested, offset, dynamic, NESTED)
+    tl.store(out + n, tl.sum(total, axis=1).to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def few_rows_kernel(
     x, data, absmax, nested, offset, levels, dynamic, out,
     rows, N, K, NESTED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, N) = x (rows, K) @ W^T, BN of W's N rows a program, 2 x BYTES of its K columns at a time.
+    """out (rows, N) = x (rows, K) @ W^T for 2 to 16 rows, BN of W's N rows a program, 2 x BYTES of its K columns at a time.
 
     A byte holds an even and an odd column, so x is read as its even and its odd columns and nothing is put side by side.
     The up to 16 rows of x are the narrow side of the tensor cores' smallest product."""
