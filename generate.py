@@ -132,8 +132,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=N
     -1 where there is none to choose, as the logits are NaN.
 
     seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
-    where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
-    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order.
+    where they are negative ("CTRL", section 4.1, divides all). Then come temperature, top-k, top-p ("The Curious Case of Neural
+    Text Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order.
     numbers (4,): the values of these where `sampling` only says which are at work."""
     logits = logits.float()
     by, temperature, top_p, min_p = sampling.numbers() if numbers is None else numbers

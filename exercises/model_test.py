@@ -36,8 +36,8 @@ def test_positions():
 
 def test_tied():
     """Tied embeddings. The embedding turns a token into a vector, the head compares a vector with each token's: some models, such
-    as Llama 3.2 1B, use one table for both. Write `tie(llama)`: afterwards the head's weight *is* the embedding's. What does 7B
-    save? Why is it less there than in a model of 1B?"""
+    as Llama 3.2 1B, use one table for both. Write `tie(llama)`: afterwards the head's weight *is* the embedding's. What share of
+    7B's weights does that save? Why is it more of a 1B's?"""
     llama = model.Llama(SIZES)
     before = sum(weight.numel() for weight in llama.parameters())
     model.tie(llama)

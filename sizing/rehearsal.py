@@ -136,7 +136,7 @@ class Memory:
         if not measured or not self.line:
             return ""
         error = self.line.peak / measured - 1
-        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
+        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+z.1%} off"
 
     def explained(self, ran_out: bool = False) -> str:
         in_use, peak = None, self.line.peak if self.line else None
