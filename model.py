@@ -339,8 +339,8 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)  # (T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and cache is None:
-                # Keep only the block's input and compute the block again in backward: far less memory, and a quarter more work, or
-                # a half with LoRA, where frozen weights get no gradients, so that backward costs one forward and not two.
+                # Keep only the block's input and compute the block again in backward: far less memory, and a quarter more work,
+                # or a half with LoRA, where frozen weights get no gradients, so that backward costs one forward and not two.
                 x = checkpoint(layer, x, rotations, cu_seqlens, use_reentrant=False)
             else:
                 x = layer(x, rotations, cu_seqlens, partial(cache.attend, i, visible) if cache else None)

@@ -529,7 +529,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_llama, m
 
 
 def test_gradient_checkpointing_costs_a_quarter_more_and_a_half_beside_frozen_weights():
-    """In FLOPs of matrix products. Beside trained weights the last one, w2's, is not made again: backward needs not its result."""
+    """In FLOPs of matrix products. Beside trained weights the last one, w2's, is not made again: backward does without."""
     for frozen, expected in ((False, 1.25), (True, 1.5)):
         model, counts = Llama(ModelConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=32)), []
         if frozen:
