@@ -109,7 +109,8 @@ class Memory:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
-        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
+        highest = self.line.highest
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {highest.part}, {highest.name}"
         if self.gpu:
             needed = self.line.reserved + self.gpu.context
             text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
