@@ -109,8 +109,8 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
     A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
-    a rotation one product, in a third of the time of sines and cosines written out; these are for a compiler, which
-    fuses them and no complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
+    a rotation one product, in a third of the time of sines and cosines written out; only a compiler gets these, as it
+    fuses them and cannot fuse complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
     (1, D/2+1), ... and stores its rows in another order to match."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (T, heads, D/2, 2)
     if torch.compiler.is_compiling():
@@ -160,7 +160,7 @@ def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
-    if method == "textbook" or q.device.type != "cpu":  # on a GPU what runs in fp32, or with a mask, knows no shared heads
+    if method == "textbook" or q.device.type != "cpu":  # on a GPU kernels for fp32, or with a mask, know no shared heads
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
     if method == "textbook":
         return textbook_attention(q, k, v, mask)
