@@ -10,7 +10,7 @@ SIZES = model.ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_di
 
 def test_window():
     """A sliding window. Give `attention_over_keys` one more argument, `window=None`: with window=3 a token looks at itself and at
-    the two before it, no further; Mistral 7B does so with 4,096. (In the mask, so that method "textbook" is enough at first.) How
+    the two before it, no further; Mistral 7B does so with 4,096. (Do it in the mask; method "textbook" is enough at first.) How
     far back does the last of 32 layers still look, through the others?"""
     torch.manual_seed(0)
     q, k, v = torch.randn(4, 5, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)  # the queries are of the last 5 of 6 tokens
