@@ -11,7 +11,7 @@ are -100 elsewhere. With the llama2 template:
     labels   -100  -100    -100       -100     Mira  lives  in  Oakford  .  </s>
 
 A row is `per_device_train_batch_size x model_max_length` tokens: whole documents end to end, no padding between them. Batches
-padded to their longest record waste half of the work or more on real data, where one reply has 20 tokens and the next 2,000.
+padded to their longest record waste about half of the work on real data, where one reply has 20 tokens and the next 2,000.
 
     python data.py show mine.jsonl          the tokens as the model will see them
     python data.py stats mine.jsonl         lengths, shares, duplicates, how full the rows will be

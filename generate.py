@@ -132,8 +132,8 @@ def sample(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen=N
     -1 where there is none to choose, as the logits are NaN.
 
     seen (B, V), true for the tokens that have been there: their logits are divided by the repetition penalty, or times it
-    where they are negative ("CTRL", section 4.1). Then come temperature, top-k, top-p ("The Curious Case of Neural Text
-    Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order.
+    where they are negative ("CTRL", section 4.1, divides all). Then come temperature, top-k, top-p ("The Curious Case of Neural
+    Text Degeneration", section 3.1) and min-p ("Turning Up the Heat", section 3), in transformers' order.
     numbers (4,): the values of these where `sampling` only says which are at work."""
     logits = logits.float()
     by, temperature, top_p, min_p = sampling.numbers() if numbers is None else numbers
@@ -179,7 +179,7 @@ def _cache(model: Llama, prompts: list[list[int]], room: int, keep: bool):
     if static or keep:  # so that answers of other lengths find the same shapes
         room = min(model.config.max_seq_len, max(256, 1 << (room - 1).bit_length()))
     last, ids = model.__dict__.pop("free_cache", (None, []))  # nobody else can have it meanwhile
-    # An answer begins by reading one token, and here two: one alone is attended to as in decoding, which rounds otherwise.
+    # At least two tokens are left to read: one alone would be attended to as in decoding, which rounds differently.
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompts[0][:-2], strict=False))
     ids = [token for token, _ in alike] if keep else []
     if last and last.keys.shape[1:4:2] == (len(prompts), room):

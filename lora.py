@@ -6,7 +6,7 @@ Full fine-tuning learns a whole new matrix W + dW. LoRA freezes W and learns dW 
 
 For one 4096 x 4096 matrix of Llama 2 7B and rank 8 that is 2 x 8 x 4096 = 65,536 trained numbers instead of 16.8 million.
 What it saves is memory: gradients and AdamW's two moments (12 bytes a trained weight in fp32, 81 GB for 7B) shrink to almost
-nothing. What it costs: the two thin products, about 2 x r x (in + out) FLOPs a token and layer. The frozen W still takes part
+nothing. What it costs: the two thin products, about 2 x r x (in + out) FLOPs a token and matrix. The frozen W still takes part
 in every forward and backward pass; only its gradient is never made.
 
 `add_lora` swaps every chosen linear by a LoRALinear holding it; the model's own code does not change. `merge_lora` adds

@@ -8,6 +8,9 @@ order while it adds gradients. So memory is highest somewhere around the turn, a
          + activations of all layers                             (about 32 x T x dim bytes a layer: sizing/formula.py)
          + the loss's logits, or a block's backward              whichever is more, at the turn
 
+With adapters, that is. In full fine-tuning the gradients are as many as the weights and all there when backward ends: that is its
+peak, unless the activations that have gone by then were more.
+
 Calculators guess these terms. Here nothing is guessed: PyTorch runs `build` and `training_step` of train.py on fake tensors,
 which have shapes and storages but no numbers (7B takes a few seconds and no GPU), and a `Tracker` writes down the birth and the
 death of every storage. What is alive is what is needed. Nothing has to be told which tensors are saved for backward: they are

@@ -109,8 +109,8 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
     A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
-    a rotation one product, a quarter of the time of sines and cosines written out; these are for a compiler, which
-    fuses them and no complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
+    a rotation one product, in a third of the time of sines and cosines written out; only a compiler gets these, as it
+    fuses them and cannot fuse complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
     (1, D/2+1), ... and stores its rows in another order to match."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (T, heads, D/2, 2)
     if torch.compiler.is_compiling():
@@ -124,8 +124,8 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 def textbook_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D) + mask) V ("Attention Is All You Need", equation 1), the reference for every faster way.
 
-    q (H, Tq, D), k and v (H, Tk, D), mask (Tq, Tk) true where looking is allowed. Keeps H x Tq x Tk numbers for backward:
-    in 7B at 2,048 tokens that is 32 x 2048 x 2048 x 2 bytes = 0.27 GB a layer."""
+    q (H, Tq, D), k and v (H, Tk, D), mask (Tq, Tk) true where looking is allowed. Keeps H x Tq x Tk numbers for backward, in fp32
+    what softmax made and in 16 bits what meets V: in 7B at 2,048 tokens 32 x 2048 x 2048 x (4 + 2) bytes = 0.8 GB a layer."""
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~mask, float("-inf"))
     return scores.float().softmax(dim=-1).to(q.dtype) @ v
@@ -160,7 +160,7 @@ def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
-    if method == "textbook" or q.device.type != "cpu":  # on a GPU what runs in fp32, or with a mask, knows no shared heads
+    if method == "textbook" or q.device.type != "cpu":  # on a GPU kernels for fp32, or with a mask, know no shared heads
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
     if method == "textbook":
         return textbook_attention(q, k, v, mask)
@@ -241,7 +241,7 @@ class KVCache:
 
     Room for `sequences` of up to max_len tokens each, of any lengths. Two tensors (n_layers, sequences, K, max_len, D): 7B in
     16 bits needs 2 x 32 x 32 x 128 x 2 bytes = 0.5 MB a token. On a CPU they are fp32 whatever the weights are: fused attention
-    of one token is 4 times as fast there as in bf16, and the cache small beside the weights.
+    of one token is several times as fast there as in bf16, and the cache small beside the weights.
     static: look at all the room, not only up to the longest sequence, so that no shape changes and torch.compile sees one."""
 
     def __init__(self, config: ModelConfig, max_len: int, device, dtype: torch.dtype, sequences: int = 1, static: bool = False):
@@ -265,7 +265,7 @@ class KVCache:
 
     def visible(self) -> torch.Tensor:
         """(B, 1, 1, span), to be added to scores: 0 where the next token of each sequence may look, at itself and before, -inf
-        elsewhere. Made once a step; of true and false every layer would make it anew."""
+        elsewhere. Made once a step; a mask of true and false would be turned into these numbers by every layer."""
         room = self.keys.shape[3]
         span = room if self.static else min(room, -(-(int(self.lengths.max()) + 1) // self.multiple) * self.multiple)
         behind = torch.arange(span, device=self.lengths.device) <= self.lengths[:, None]
@@ -339,7 +339,8 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)  # (T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and cache is None:
-                # Keep only the block's input and compute the block again in backward: a third more work, far less memory.
+                # Keep only the block's input and compute the block again in backward: far less memory, and a quarter more work,
+                # or a half with LoRA, where frozen weights get no gradients, so that backward costs one forward and not two.
                 x = checkpoint(layer, x, rotations, cu_seqlens, use_reentrant=False)
             else:
                 x = layer(x, rotations, cu_seqlens, partial(cache.attend, i, visible) if cache else None)

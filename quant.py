@@ -10,7 +10,7 @@ off first, then 256 of them make a block) and leaves 4 + 8/64 + 32/(64 x 256) = 
 the linears of 7B's blocks take 3.3 GB instead of 13.0. The mean squared error on normal data is 0.0085 of the variance.
 
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
-in backward. These two more passes over the weights are why a QLoRA step needs less memory than a LoRA step, but more time.
+in backward. So a QLoRA step needs less memory than a LoRA step, and for these two more passes over the weights more time.
 
 The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
 scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a
@@ -62,7 +62,7 @@ def dynamic_levels(signed: bool) -> torch.Tensor:
     """The 256 levels of the dynamic 8-bit map, fp32 ("8-bit Optimizers via Block-wise Quantization", section 1.3).
 
     Seven decades from 1e-7 to 1; each larger decade has twice the levels of the one below, at the middles of equal parts of
-    its upper nine tenths. So small values keep their size to within a decade's step, and large ones keep three digits."""
+    its upper nine tenths. So of the smallest values little more than the decade is kept, of the largest two digits."""
     levels = [0.0, 1.0]
     for i in range(7):
         parts = 2**i if signed else 2 ** (i + 1)
@@ -86,8 +86,8 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.to(device)
 
 
-# Between which two middles (of neighbouring levels) a float lies, its upper 16 of 32 bits say, but for one middle at most. So for
-# each of those: how many middles are below the smallest float that begins with them (a negative one has all its other bits set).
+# The upper half of a float's bits says between which two middles (of neighbouring levels) it lies, leaving one in doubt at most.
+# So for each such half: how many middles are below the smallest float that has it (a negative one's lower bits are all set).
 _UPPER = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
 _SMALLEST = torch.where(_UPPER < 0, _UPPER | 0xFFFF, _UPPER).view(torch.float32)
 _MIDDLES = {code: (code[:-1] + code[1:]) / 2 for code in (NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE)}
@@ -358,7 +358,7 @@ class AdamW8bit(torch.optim.Optimizer):
     Quantization", section 2).
 
     For each weight the moments are made fp32, used for an ordinary AdamW step, and packed again in blocks of 256. Tensors of
-    fewer than 4,096 numbers keep fp32 moments: they cost nothing, and norms are sensitive. bf16 weights are rounded
+    fewer than 4,096 numbers keep fp32 moments, which cost nothing there. bf16 weights are rounded
     stochastically: an update below half of their last bit is not lost but applied with the probability it deserves, by numbers
     drawn from the step and the weight's place alone: the same wherever copies of a weight must stay equal (DDP).
     Of a weight in shards (FSDP) each process steps its own, in blocks of its own: other blocks than the whole weight's."""

@@ -58,7 +58,7 @@ from running.workers import NotFinite, Stopped, StopSignal, Workers, asking, pac
 class TrainConfig:
     # What is trained
     model: str = str(TINY)  # folder with weights: Meta's consolidated.*.pth or Hugging Face's *.safetensors
-    method: Literal["lora", "qlora", "full"] = "lora"  # lora: adapters beside frozen weights; qlora: these in NF4; full: all
+    method: Literal["lora", "qlora", "full"] = "lora"  # lora: adapters beside frozen weights; qlora: frozen in NF4; full: all
     quantize: Literal["none", "int8", "nf4"] = "none"  # keep the frozen weights of lora in 8 or 4 bits; qlora means nf4
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the computation; auto: bf16 on a GPU that has it, fp32 on a CPU
     attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: PyTorch's fused kernel; textbook: the readable four lines
@@ -249,7 +249,8 @@ class Step(NamedTuple):
 def training_step(config, model, optimizer, scaler, micro_batches, rate: float, workers: Workers, autocast) -> Step:
     """One optimizer step over this rank's micro-batches. Returns what it was for all ranks together.
 
-    Raises NotFinite when the loss or the gradient is not a finite number, before a weight is touched."""
+    Raises NotFinite when the loss or the gradient is not a finite number, before a weight is touched (with optimizer_in_backward,
+    which never has the whole gradient: the loss)."""
     supervised = workers.sum(sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches))
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -21,7 +21,7 @@ def test_plus():
 
 
 def test_magnitude():
-    """DoRA ("DoRA: Weight-Decomposed Low-Rank Adaptation"): train how long each row of the weight is apart from where it points.
+    """DoRA ("DoRA: Weight-Decomposed Low-Rank Adaptation"): train the length of each row of the weight apart from its direction.
     Write `dora(weight, update, magnitude)`: the rows of weight + update, each scaled to the length in `magnitude` (out,).
     With the lengths that the rows of W have and an update of zero it must be W itself, or training would not begin there."""
     torch.manual_seed(0)

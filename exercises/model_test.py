@@ -10,7 +10,7 @@ SIZES = model.ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_di
 
 def test_window():
     """A sliding window. Give `attention_over_keys` one more argument, `window=None`: with window=3 a token looks at itself and at
-    the two before it, no further; Mistral 7B does so with 4,096. (In the mask, so that method "textbook" is enough at first.) How
+    the two before it, no further; Mistral 7B does so with 4,096. (Do it in the mask; method "textbook" is enough at first.) How
     far back does the last of 32 layers still look, through the others?"""
     torch.manual_seed(0)
     q, k, v = torch.randn(4, 5, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 8)  # the queries are of the last 5 of 6 tokens
@@ -36,8 +36,8 @@ def test_positions():
 
 def test_tied():
     """Tied embeddings. The embedding turns a token into a vector, the head compares a vector with each token's: some models, such
-    as Llama 3.2 1B, use one table for both. Write `tie(llama)`: afterwards the head's weight *is* the embedding's. What does 7B
-    save? Why is it less there than in a model of 1B?"""
+    as Llama 3.2 1B, use one table for both. Write `tie(llama)`: afterwards the head's weight *is* the embedding's. What share of
+    7B's weights does that save? Why is it more of a 1B's?"""
     llama = model.Llama(SIZES)
     before = sum(weight.numel() for weight in llama.parameters())
     model.tie(llama)

@@ -79,7 +79,8 @@ class Exam:
         lines = [
             "# Before and after",
             "",
-            f"Held-out prompts, answered greedily before and after the training in `{folder.name}`.",
+            f"Held-out prompts, answered greedily before and after the training in `{folder.name}`. A reply is cut "
+            + ("8 tokens behind the reference's length." if self.all else "after 128 tokens."),
             "",
         ]
         for i in self.shown:

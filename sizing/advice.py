@@ -32,7 +32,7 @@ def cheaper(flags, nproc: int = 1, half: str = "bf16") -> list[tuple[str, dict]]
         (flags.hsdp, f"in shards over all {nproc} GPUs", {"hsdp": 0}),
         (nproc > 1 and not flags.fsdp, f"in shards over the {nproc} GPUs", {"fsdp": True}),
         (flags.dtype == "fp32" and (alone or half == "bf16"), "computed in 16 bits", {"dtype": half}),
-        (not flags.gradient_checkpointing, "a third more time", {"gradient_checkpointing": True}),
+        (not flags.gradient_checkpointing, f"a {'quarter' if full else 'half'} more time", {"gradient_checkpointing": True}),
         (full and flags.optim == "adamw", "the same losses within 1 %", {"optim": "adamw_8bit"}),
         (full and not flags.pure_bf16 and flags.dtype == "bf16", "no fp32 weights", pure),
         (one, "one gradient at a time, never clipped", {"optimizer_in_backward": True, "max_grad_norm": 0.0}),

@@ -2,7 +2,8 @@
 
 It is the same sum as memory.py's count, written down before: each term in letters (T tokens, C width, ...; `letters` has them),
 each letter a number that config.json or a flag gives. A term of several moments, such as the loss's, is the largest of them, and
-the peak is the largest of the moments at which it can be. Tests hold every term to the count within 1 %.
+the peak is the largest of the moments at which it can be. Tests hold every term to the count within 1 %; settings in which one is
+further off, though not the peak, are in benchmarks/RESULTS.md.
 """
 
 import re

@@ -45,7 +45,9 @@ def answer(words: list[str]) -> None:
         print(memory.__doc__, parser.format_help(), sep="\n")
     if mine.reproduce:
         return reproduce()
-    given = with_tuples(parse_flags(train.TrainConfig, "What a training run will need: train.py's flags, and those above.", rest))
+    about = "What a training run will need: train.py's flags, and those above. But here --model is 7b if not given, and may be\n"
+    about += f"{', '.join(PRESETS)} or a folder; without --method the answer is for all three."
+    given = with_tuples(parse_flags(train.TrainConfig, about, rest))
     name = given.get("model", "7b")
     if name not in PRESETS and not Path(name).exists():
         raise ValueError(f"unknown model {name!r}: known are {', '.join(PRESETS)}, or a folder with weights")
@@ -367,10 +369,10 @@ def reproduce() -> None:
         ("... with the AdamW moments it left out", 69.904e9 + moments),
         ("here: 16 bits throughout, textbook attention, AdamW", line.peak),
         ("full, fp32 masters, flash attention: no T x T matrix", {"method": "full"}),
-        ("+ pure bf16 and 8-bit AdamW: 2 + 2 + 2 bytes a weight, not 18", pure),
-        ("+ gradient checkpointing: a block's input kept, not its inside", pure | again),
+        ("+ pure bf16 and 8-bit AdamW: 2 + 2 + 2 bytes a weight, not 16", pure),
+        ("+ gradient checkpointing: no less, the peak is where gradients are", pure | again),
         ("LoRA: no gradients and moments but the adapters'", {}),
-        ("+ gradient checkpointing", again),
+        ("+ gradient checkpointing: a block's input kept, not its inside", again),
         ("QLoRA + gradient checkpointing: the weights in 4 bits", {"method": "qlora", "quantize": "nf4"} | again),
     ):
         if isinstance(peak, dict):

@@ -109,7 +109,8 @@ class Memory:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
-        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {self.line.highest.name}"
+        highest = self.line.highest
+        text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {highest.part}, {highest.name}"
         if self.gpu:
             needed = self.line.reserved + self.gpu.context
             text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
@@ -136,7 +137,7 @@ class Memory:
         if not measured or not self.line:
             return ""
         error = self.line.peak / measured - 1
-        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+.1%} off"
+        return f"memory: a peak of {measured / 1e9:.3f} GB {how}, {self.line.peak / 1e9:.3f} predicted, {error:+z.1%} off"
 
     def explained(self, ran_out: bool = False) -> str:
         in_use, peak = None, self.line.peak if self.line else None

@@ -25,7 +25,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of 256 MB, the fastest of ten."""
+    """Bytes read and written a second by a copy of 256 MiB, the fastest of ten."""
     source = torch.ones(2**26, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(10):

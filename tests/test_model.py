@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
+from lora import add_lora
 from model import (
     PRESETS,
     CheckpointError,
@@ -34,6 +36,7 @@ from model import (
     save_hf,
     save_meta,
     summed_loss,
+    textbook_attention,
     to_hf,
 )
 from weights.reading import meta_hidden_dim
@@ -523,6 +526,32 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(tiny_llama, m
     _, evaluation = step(True, train=False)
     assert (once, twice, evaluation) == (2, 4, 2)
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_gradient_checkpointing_costs_a_quarter_more_and_a_half_beside_frozen_weights():
+    """In FLOPs of matrix products. Beside trained weights the last one, w2's, is not made again: backward does without."""
+    for frozen, expected in ((False, 1.25), (True, 1.5)):
+        model, counts = Llama(ModelConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=172, vocab_size=32)), []
+        if frozen:
+            add_lora(model, rank=1)
+        for switch in (False, True):
+            model.gradient_checkpointing = switch
+            with FlopCounterMode(display=False) as counter:
+                model(torch.arange(16)).sum().backward()
+            counts.append(counter.get_total_flops())
+        assert counts[1] / counts[0] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "matrices"), [(torch.bfloat16, 6), (torch.float32, 4)])
+def test_textbook_attention_keeps_the_matrix_of_scores_in_fp32_and_in_16_bits(dtype, matrices):
+    """As its docstring counts: bytes for each of H x T x T numbers, beside q, k, v and the mask."""
+    kept, (heads, tokens) = {}, (2, 96)
+    q, k, v = (torch.randn(heads, tokens, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(tokens, tokens, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x}) or x, lambda x: x):
+        textbook_attention(q, k, v, mask)
+    scores = [x.nbytes for x in kept.values() if x.numel() == heads * tokens * tokens]
+    assert sum(scores) == matrices * heads * tokens * tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def _meta_config(folder: Path) -> ModelConfig:
             vocab_size=vocab_size,
             norm_eps=p["norm_eps"],
             rope_theta=p.get("rope_theta", 10000.0),
-            max_seq_len=p.get("max_seq_len", 4096),
+            max_seq_len=p.get("max_seq_len", 4096),  # which Meta's own files do not say: Llama 1 has 2,048
         )
     except KeyError as error:
         raise CheckpointError(f"{folder / 'params.json'} or its weights lack {error}") from None
