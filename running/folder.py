@@ -206,16 +206,15 @@ def save_final(config, model: Llama, data: Data, dtype: torch.dtype, workers: Wo
             if first and not torch.equal(weight, read()):
                 raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
         if first:
-            save_tokenizer(config, data, temporary, model.config.max_seq_len)
+            save_tokenizer(data, temporary, model.config.max_seq_len)
     if first:
         for path in sorted((folder / "final").iterdir()):
             os.replace(path, folder / path.name)
         (folder / "final").rmdir()
 
 
-def save_tokenizer(config, data: Data, folder: Path, window: int) -> None:
+def save_tokenizer(data: Data, folder: Path, window: int) -> None:
+    """The tokenizer as training had it. The base's own settings stay where they are: with another end token, another place of
+    the leading space or tokens beyond tokenizer.model, transformers would ask in other tokens than were trained."""
     data.tokenizer.save(folder, window)
-    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
-        if (Path(config.model) / name).is_file():
-            shutil.copyfile(Path(config.model) / name, folder / name)
     write_chat_template(folder, data.template)

@@ -41,7 +41,7 @@ from running.reading import read_data
 from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
-from weights.chat import chat_template
+from weights.chat import write_chat_template
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("tokens_per_second", "peak_memory_bytes")  # the only fields of a log that differ between equal runs
@@ -831,15 +831,16 @@ def test_a_run_is_not_resumed_on_other_records(base):
     assert losses(train(complete(resume))) == losses(whole)
 
 
-@pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON", "[1]"])
-def test_a_run_keeps_the_bases_tokenizer_settings_but_is_asked_by_the_template_it_was_trained_with(base, own):
-    (base / "base" / "tokenizer_config.json").write_text(own)
+@pytest.mark.parametrize("own", ['{"legacy": false, "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}', "not JSON", "[1]"])
+def test_others_ask_a_run_in_the_tokens_it_was_trained_in_whatever_the_bases_tokenizer_settings_are(base, tokenizer, own):
+    """Llama 2's own folders say "legacy": false, by which transformers leaves out the space between <s> and [INST]."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        (base / "base" / name).write_text(own)
     run(base, method="full", template="guanaco")
-    written = (base / "run" / "tokenizer_config.json").read_text()
-    if "{" not in own:
-        assert written == own
-    else:
-        assert json.loads(written) == {"chat_template": chat_template(TEMPLATES["guanaco"]), "padding_side": "left"}
+    tokenizer.save(base, load_model(base / "base").config.max_seq_len)
+    write_chat_template(base, TEMPLATES["guanaco"])
+    assert (base / "run" / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
+    assert sorted(path.name for path in base.glob("run/*token*")) == ["tokenizer.model", "tokenizer_config.json"]
 
 
 def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys, monkeypatch):
