@@ -990,6 +990,29 @@ def test_an_unanswered_last_turn_is_left_off(tokenizer):
     assert (documents, fates) == ([], {"dropped, no reply": 2})
 
 
+ADDED = {"content": "<|im_start|>"}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("added_tokens.json", json.dumps({"<|im_start|>": 340, "<s>": 1})),
+        ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1": {"content": "<s>"}, "340": ADDED}})),
+        ("tokenizer.json", json.dumps({"added_tokens": [{"content": "<s>"}, ADDED]})),
+        ("tokenizer.json", "[1]"),
+        ("added_tokens.json", "no JSON"),
+    ],
+)
+def test_records_with_a_token_that_the_model_has_beside_tokenizer_model_are_counted(tokenizer_file, tmp_path, name, text):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / name).write_text(text)
+    tokenizer, counted = Tokenizer(tmp_path / "tokenizer.model"), {"kept": 2}
+    if "<|" in text:
+        counted["of these hold <|im_start|>, one token each for transformers, here spelt in pieces"] = 1
+    dialogs = [[ASK, REPLY], [{"role": "user", "content": "<s> <|im_start|>"}, REPLY]]
+    assert encode_documents(dialogs, tokenizer, TEMPLATES["plain"], max_length=99)[1] == counted
+
+
 def test_every_record_is_kept_or_counted_as_dropped():
     tokenizer = Tokenizer(shared("llama2_tokenizer.model"))
     for too_long in ("cut", "drop"):
