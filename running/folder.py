@@ -70,9 +70,13 @@ def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     known, pieces = model.config.vocab_size, data.tokenizer.vocab_size
     doubt = f"  the tokenizer has only {pieces:,} of the model's {known:,} tokens: is it this model's?\n"
+    probe = "a  b\nﬁ"  # Llama 2's tokenizer leaves it as it is; others may take spaces together, or make lines spaces
+    read = data.tokenizer.decode(data.tokenizer.encode(probe))
+    other = f"  the tokenizer reads {probe!r} as {read!r}, which transformers may not: compare its tokens\n"
     return (
         f"model: {config.model}, {everything:,} parameters, {trained:,} trained ({trained / everything:.2%})\n"
         f"{doubt if known - pieces > 256 else ''}"  # a table may be padded to a round number
+        f"{other if read != probe else ''}"
         f"  {config.method} on {workers.world} x {workers.device.type}, {str(plan.dtype)[6:]}, quantize {config.quantize}, "
         f"template {data.template_name}, {plan.total:,} steps of {plan.rows_per_step * data.batches.row_tokens:,} tokens, "
         f"learning rate {plan.peak:.2e}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -975,6 +976,16 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_knows_is_questioned(base
     save_meta(tiny_llama(vocab_size=700), base / "base")
     run(base, max_steps=1, samples=0, overwrite=True)
     assert "the tokenizer has only 340 of the model's 700 tokens: is it this model's?" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_changes_what_it_reads_is_told(base, capsys):
+    run(base, max_steps=1, samples=0)
+    assert "the tokenizer reads" not in capsys.readouterr().out
+    file, how = base / "base" / "tokenizer", {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    words = iter(["The ferry leaves at nine and returns before dark."])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=file, **how)
+    run(base, max_steps=1, samples=0, overwrite=True)
+    assert "the tokenizer reads 'a  b\\nﬁ' as 'a b fi', which transformers may not" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(base):
