@@ -26,6 +26,7 @@ import json
 import sys
 from array import array
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,9 +63,16 @@ class Tokenizer:
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError(f"{path} has no begin and end tokens; a Llama tokenizer has <s> and </s>")
+        named = _added_tokens(Path(path).parent)
+        self.added = tuple(sorted(x for x in named if self.pieces.id_to_piece(self.pieces.piece_to_id(x)) != x))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+
+    def added_in(self, *texts: str) -> str:
+        """Which of the tokens that the model has beside tokenizer.model, such as <|im_start|>, stand in a text: for transformers
+        each is one id, here it is spelt in pieces, as whatever a user writes is."""
+        return " ".join(token for token in self.added if any(token in text for text in texts))
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         return self.pieces.encode(texts)  # one call for many texts: no crossing into C++ and back for each
@@ -79,6 +87,21 @@ class Tokenizer:
         about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         about |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "model_max_length": window}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+
+
+def _added_tokens(folder: Path) -> set[str]:
+    """Tokens that the files of a Hugging Face folder name, in any of three places. A file that is none, or other, names none."""
+    found = set()
+    for file, tokens in (
+        ("added_tokens.json", lambda fields: fields),
+        ("tokenizer_config.json", lambda fields: [token["content"] for token in fields["added_tokens_decoder"].values()]),
+        ("tokenizer.json", lambda fields: [token["content"] for token in fields["added_tokens"]]),
+    ):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            found |= {
+                token for token in tokens(json.loads((folder / file).read_text("utf-8"))) if token and isinstance(token, str)
+            }
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +270,8 @@ def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs
                     continue
                 fates[f"of these cut to {max_length} tokens"] += 1
             fates["kept"] += 1
+            if added := tokenizer.added and tokenizer.added_in(*(piece.text for piece in pieces)):
+                fates[f"of these hold {added}, one token each for transformers, here spelt in pieces"] += 1
             yield np.array(ids, np.int32), np.array(labels, np.int32)
 
 

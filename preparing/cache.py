@@ -35,7 +35,9 @@ def cache_folder(paths, tokenizer: Tokenizer, *settings) -> Path | None:
 def content_key(settings, paths, tokenizer: Tokenizer) -> str:
     """A name that changes with the settings, the tokenizer, the programs, or the content or the kind of the files."""
     kinds = [reader_of(Path(path)).__name__ for path in paths]  # the lines of a .jsonl are other records in a .txt
-    key = hashlib.blake2b(repr((settings, kinds)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16)
+    key = hashlib.blake2b(
+        repr((settings, kinds, tokenizer.added)).encode() + tokenizer.pieces.serialized_model_proto(), digest_size=16
+    )
     for path in (*paths, *PROGRAMS):
         key.update(_digest(str(path), os.stat(path).st_mtime_ns))
     return key.hexdigest()

@@ -70,6 +70,8 @@ def _lines(path: Path, raising: bool = True):
 def _jsonl_records(path: Path):
     for number, line in _lines(path, raising=False):
         try:
+            if number == 1 and not isinstance(line, DataError) and line.lstrip().startswith("["):
+                line = DataError("begins a list; if the file is one list of records, it should be called .json")
             if isinstance(line, DataError) or line.strip():
                 yield f"line {number}", line if isinstance(line, DataError) else json.loads(line)
         except json.JSONDecodeError as error:
@@ -83,7 +85,8 @@ def _json_records(path: Path):
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+        hint = "; if it holds a record a line, it should be called .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{path} is not JSON: {error}{hint}") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: expected a list of records, found {type(records).__name__}")
     for number, record in enumerate(records, start=1):
@@ -98,6 +101,8 @@ def _csv_records(path: Path):
         named = reader.fieldnames
         if named is not None and not any(named):
             raise DataError(f"{path}, line 1: expected the names of the columns, found none")
+        if named is not None and len(named) == 1 and re.search("[;\t]", named[0]):
+            raise DataError(f"{path}, line 1: one column, named {named[0]!r}: are its columns parted by commas?")
         if twice := next((name for name in named or () if name and named.count(name) > 1), None):
             raise DataError(f"{path}, line 1: two columns are named {twice!r}, and only one of them would be read")
         for record in reader:

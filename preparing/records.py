@@ -119,8 +119,7 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
     def text(field):
         here = ", ".join(map(str, record))
         if field not in record:
-            hint = "; are its columns parted by commas?" if len(record) == 1 and re.search("[;\t]", here) else ""
-            raise DataError(f"there is no field {field!r}; fields here: {here}{hint}")
+            raise DataError(f"there is no field {field!r}; fields here: {here}")
         if not isinstance(record[field], str):
             found = "nothing" if record[field] is None else type(record[field]).__name__
             raise DataError(f"field {field!r} should hold text and holds {found}; fields here: {here}")
@@ -149,8 +148,8 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         if field in record:
             turns = record[field]
             if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-                turns = [(t.get("from", t.get("role")), t.get("value", t.get("content"))) for t in turns]
-                turns = [{"role": _ROLES.get(str(role), role), "content": content} for role, content in turns]
+                turns = [(t, t.get("from", t.get("role")), t.get("value", t.get("content"))) for t in turns]
+                turns = [t | {"role": _ROLES.get(str(role), role), "content": content} for t, role, content in turns]
             return "llama2", conversation(turns, field)
     if "instances" in record:  # Alpaca's seed tasks
         one = record["instances"]
@@ -163,6 +162,8 @@ def dialog_of(record, source: str | None, target: str | None, system: str | None
         record = record | {"references": "\n\n".join(f"[{i}] {r}" for i, r in enumerate(record["references"], start=1))}
     for kind, prompt, reply, before, extra in PAIRS:
         if prompt in record and reply in record:
+            if record.get("history"):  # LLaMA-Factory's
+                raise DataError("field 'history' holds earlier turns: write such a conversation as messages")
             more = {"input": text(extra)} if holds(extra) else {}
             return kind, pair(prompt, reply, next(filter(holds, (*before, "system")), None), **more)
     for field in ("text", "input"):
@@ -209,6 +210,10 @@ def _checked_messages(messages, field: str = "messages") -> list[dict]:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in expected:
             raise DataError(f"message {i} has the role {role!a}, expected {' or '.join(expected)}")
+        if lost := message.get("tool_calls") or message.get("function_call"):
+            raise DataError(f"message {i} calls a tool, which no template writes: {str(lost)[:60]!a}")
+        if role == "assistant" and message.get("weight") == 0:
+            raise DataError(f"message {i} has weight 0, and here every reply of the assistant is learned: leave out the record")
         if not isinstance(content, str):
             raise DataError(f"message {i} should hold text in 'content' and holds {type(content).__name__}")
         expected = ("assistant",) if role == "user" else ("user",)

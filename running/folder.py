@@ -70,9 +70,13 @@ def describe(config, model: Llama, data: Data, plan, workers: Workers) -> str:
     trained = sum(weight.numel() for weight in trained_weights(model).values())
     known, pieces = model.config.vocab_size, data.tokenizer.vocab_size
     doubt = f"  the tokenizer has only {pieces:,} of the model's {known:,} tokens: is it this model's?\n"
+    probe = "a  b\nﬁ"  # Llama 2's tokenizer leaves it as it is; others may take spaces together, or make lines spaces
+    read = data.tokenizer.decode(data.tokenizer.encode(probe))
+    other = f"  the tokenizer reads {probe!r} as {read!r}, which transformers may not: compare its tokens\n"
     return (
         f"model: {config.model}, {everything:,} parameters, {trained:,} trained ({trained / everything:.2%})\n"
         f"{doubt if known - pieces > 256 else ''}"  # a table may be padded to a round number
+        f"{other if read != probe else ''}"
         f"  {config.method} on {workers.world} x {workers.device.type}, {str(plan.dtype)[6:]}, quantize {config.quantize}, "
         f"template {data.template_name}, {plan.total:,} steps of {plan.rows_per_step * data.batches.row_tokens:,} tokens, "
         f"learning rate {plan.peak:.2e}"
@@ -206,16 +210,15 @@ def save_final(config, model: Llama, data: Data, dtype: torch.dtype, workers: Wo
             if first and not torch.equal(weight, read()):
                 raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
         if first:
-            save_tokenizer(config, data, temporary, model.config.max_seq_len)
+            save_tokenizer(data, temporary, model.config.max_seq_len)
     if first:
         for path in sorted((folder / "final").iterdir()):
             os.replace(path, folder / path.name)
         (folder / "final").rmdir()
 
 
-def save_tokenizer(config, data: Data, folder: Path, window: int) -> None:
+def save_tokenizer(data: Data, folder: Path, window: int) -> None:
+    """The tokenizer as training had it. The base's own settings stay where they are: with another end token, another place of
+    the leading space or tokens beyond tokenizer.model, transformers would ask in other tokens than were trained."""
     data.tokenizer.save(folder, window)
-    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):  # the base's own, where it has them
-        if (Path(config.model) / name).is_file():
-            shutil.copyfile(Path(config.model) / name, folder / name)
     write_chat_template(folder, data.template)

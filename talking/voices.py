@@ -5,6 +5,7 @@ All that may be missing, moved or not fit together is refused here in a sentence
 
 import copy
 import json
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -101,6 +102,8 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
     template, _ = load_template(config.template or run.get("template", "llama2"))
     folders = [place for place in (folder, base) if (place / "tokenizer.model").is_file()]
     tokenizer = Tokenizer(config.tokenizer or (folders or [base])[0] / "tokenizer.model")
+    if not run and (added := tokenizer.added_in(template.system, template.user, template.assistant)):
+        print(f"the template holds {added}, one token each for the model in {base}, here spelt in pieces", file=sys.stderr)
     settings = run.get("settings")
     quantize = config.quantize or (settings.get("quantize", "none") if isinstance(settings, dict) else "none")
     if quantize not in QUANTIZERS:

@@ -862,10 +862,48 @@ def test_source_without_target_and_a_column_that_is_not_there_are_refused(write)
     assert "give both or neither" in refusal(path, target="response")
     message = refusal(path, source="question", target="response")
     assert message == f"{path}, line 1: there is no field 'question'; fields here: prompt, response"
-    path = write("a.csv", "prompt;response\nHi;Yes\n")
-    assert refusal(path, source="prompt", target="response").endswith(
-        "fields here: prompt;response; are its columns parted by commas?"
+
+
+@pytest.mark.parametrize("row", ["Hi;Yes", "1,5;2,5"])
+@pytest.mark.parametrize("more", [{}, {"source": "prompt", "target": "response"}])
+def test_a_csv_of_semicolons_as_excel_writes_it_is_refused_with_that_reason(write, row, more):
+    path = write("a.csv", f"\ufeffprompt;response\r\n{row}\r\n")
+    assert refusal(path, **more) == f"{path}, line 1: one column, named 'prompt;response': are its columns parted by commas?"
+
+
+@pytest.mark.parametrize("text", [f"[{GOOD}]", f"[\n{GOOD}\n]\n"])
+def test_a_list_named_jsonl_and_lines_named_json_are_refused_with_the_name_they_should_have(write, text):
+    assert refusal(write("a.jsonl", text)).endswith(
+        "line 1: begins a list; if the file is one list of records, it should be called .json"
     )
+    assert refusal(write("a.json", GOOD * 2)).endswith("if it holds a record a line, it should be called .jsonl")
+
+
+REPLIED = {"role": "assistant", "content": "Let me look.", "tool_calls": None, "function_call": None, "weight": 1}
+CALLS = [{"function": {"name": "weather"}}]
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (REPLIED | {"tool_calls": CALLS}, "message 2 calls a tool, which no template writes"),
+        (REPLIED | {"content": None, "tool_calls": CALLS}, "message 2 calls a tool, which no template writes"),
+        (REPLIED | {"content": "", "function_call": CALLS[0]}, "message 2 calls a tool, which no template writes"),
+        (REPLIED | {"weight": 0}, "message 2 has weight 0, and here every reply"),
+        ({"from": "gpt", "value": "No!", "weight": 0.0}, "message 2 has weight 0, and here every reply"),
+    ],
+)
+def test_a_reply_that_would_lose_its_call_of_a_tool_or_is_not_to_be_learned_is_refused(write, reply, reason):
+    asked = {"role": "user", "content": "Rain?", "weight": 0}
+    path = write("a.jsonl", json.dumps({"conversations" if "from" in reply else "messages": [asked, reply]}))
+    assert refusal(path).startswith(f"{path}, line 1: {reason}")
+    assert len(list(read_dialogs(write("a.jsonl", json.dumps({"messages": [asked, REPLIED]}))))) == 1
+
+
+def test_earlier_turns_beside_an_instruction_are_refused_and_not_left_out(write):
+    record = {"instruction": "And then?", "output": "Home.", "history": [["Where to?", "There."]]}
+    assert "field 'history' holds earlier turns" in refusal(write("a.jsonl", json.dumps(record)))
+    assert list(read_dialogs(write("a.jsonl", json.dumps(record | {"history": []}))))
 
 
 def test_a_cut_gz_and_a_gz_that_is_none_are_refused(write):
@@ -988,6 +1026,29 @@ def test_an_unanswered_last_turn_is_left_off(tokenizer):
     assert fates["kept"] == 1
     documents, fates = encode_documents([[ASK], [SYSTEM, ASK]], tokenizer, TEMPLATES["llama2"], max_length=100)
     assert (documents, fates) == ([], {"dropped, no reply": 2})
+
+
+ADDED = {"content": "<|im_start|>"}
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("added_tokens.json", json.dumps({"<|im_start|>": 340, "<s>": 1})),
+        ("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"1": {"content": "<s>"}, "340": ADDED}})),
+        ("tokenizer.json", json.dumps({"added_tokens": [{"content": "<s>"}, ADDED]})),
+        ("tokenizer.json", "[1]"),
+        ("added_tokens.json", "no JSON"),
+    ],
+)
+def test_records_with_a_token_that_the_model_has_beside_tokenizer_model_are_counted(tokenizer_file, tmp_path, name, text):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+    (tmp_path / name).write_text(text)
+    tokenizer, counted = Tokenizer(tmp_path / "tokenizer.model"), {"kept": 2}
+    if "<|" in text:
+        counted["of these hold <|im_start|>, one token each for transformers, here spelt in pieces"] = 1
+    dialogs = [[ASK, REPLY], [{"role": "user", "content": "<s> <|im_start|>"}, REPLY]]
+    assert encode_documents(dialogs, tokenizer, TEMPLATES["plain"], max_length=99)[1] == counted
 
 
 def test_every_record_is_kept_or_counted_as_dropped():

@@ -886,6 +886,16 @@ USER, REPLY = (
 OWN = Template(user='{system}"Q\\" {{%}} {{{{ {user} }}}}\n\n', system="«{system}»\n", assistant="{assistant}\n")
 
 
+def test_a_template_with_a_token_that_is_spelt_in_pieces_here_is_questioned_but_for_the_run_that_learned_it_so(run, base):
+    (base / "added_tokens.json").write_text('{"<|im_end|>": 340}')
+    ask = ["--model", base, "--prompt", "Hi", "--max_new_tokens", 1]
+    template = '{"user": "{user}<|im_end|>", "assistant": "{assistant}"}'
+    said = "the template holds <|im_end|>, one token each for the model in"
+    assert said in run(*ask, "--template", template)[2] and said not in run(*ask)[2]
+    (base / "run.json").write_text(json.dumps({"template": template}))
+    assert said not in run(*ask)[2]
+
+
 @pytest.mark.live
 @pytest.mark.parametrize("name", [*TEMPLATES, "a user's own"])
 def test_the_chat_template_gives_others_the_tokens_that_training_had(name, tokenizer, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -41,7 +42,7 @@ from running.reading import read_data
 from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
 from train import RunError, TrainConfig, Workers, complete, learning_rate, make_optimizer, train, training_step
-from weights.chat import chat_template
+from weights.chat import write_chat_template
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = ("tokens_per_second", "peak_memory_bytes")  # the only fields of a log that differ between equal runs
@@ -831,15 +832,16 @@ def test_a_run_is_not_resumed_on_other_records(base):
     assert losses(train(complete(resume))) == losses(whole)
 
 
-@pytest.mark.parametrize("own", ['{"chat_template": "{{ x }}", "padding_side": "left"}', "not JSON", "[1]"])
-def test_a_run_keeps_the_bases_tokenizer_settings_but_is_asked_by_the_template_it_was_trained_with(base, own):
-    (base / "base" / "tokenizer_config.json").write_text(own)
+@pytest.mark.parametrize("own", ['{"legacy": false, "eos_token": "<|im_end|>", "chat_template": "{{ x }}"}', "not JSON", "[1]"])
+def test_others_ask_a_run_in_the_tokens_it_was_trained_in_whatever_the_bases_tokenizer_settings_are(base, tokenizer, own):
+    """Llama 2's own folders say "legacy": false, by which transformers leaves out the space between <s> and [INST]."""
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        (base / "base" / name).write_text(own)
     run(base, method="full", template="guanaco")
-    written = (base / "run" / "tokenizer_config.json").read_text()
-    if "{" not in own:
-        assert written == own
-    else:
-        assert json.loads(written) == {"chat_template": chat_template(TEMPLATES["guanaco"]), "padding_side": "left"}
+    tokenizer.save(base, load_model(base / "base").config.max_seq_len)
+    write_chat_template(base, TEMPLATES["guanaco"])
+    assert (base / "run" / "tokenizer_config.json").read_text() == (base / "tokenizer_config.json").read_text()
+    assert sorted(path.name for path in base.glob("run/*token*")) == ["tokenizer.model", "tokenizer_config.json"]
 
 
 def test_a_finished_run_is_not_resumed_and_left_as_it_is(base, capsys, monkeypatch):
@@ -974,6 +976,16 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_knows_is_questioned(base
     save_meta(tiny_llama(vocab_size=700), base / "base")
     run(base, max_steps=1, samples=0, overwrite=True)
     assert "the tokenizer has only 340 of the model's 700 tokens: is it this model's?" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_changes_what_it_reads_is_told(base, capsys):
+    run(base, max_steps=1, samples=0)
+    assert "the tokenizer reads" not in capsys.readouterr().out
+    file, how = base / "base" / "tokenizer", {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    words = iter(["The ferry leaves at nine and returns before dark."])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=file, **how)
+    run(base, max_steps=1, samples=0, overwrite=True)
+    assert "the tokenizer reads 'a  b\\nﬁ' as 'a b fi', which transformers may not" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(base):

@@ -2,7 +2,6 @@
 out. It stands in tokenizer_config.json, and gives the tokens that training had."""
 
 import json
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from string import Formatter
@@ -40,8 +39,7 @@ def chat_template(template: Template) -> str:
 
 
 def write_chat_template(folder, template: Template) -> None:
-    """Put it into the folder's tokenizer_config.json, instead of the base's: asked otherwise than trained, a model babbles."""
+    """Put it into the tokenizer_config.json there: asked otherwise than trained, a model babbles."""
     path = Path(folder) / "tokenizer_config.json"
-    with suppress(ValueError, TypeError):  # a base's own that is no JSON object stays what it is
-        about = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template(template)}
-        path.write_text(json.dumps(about, indent=2), encoding="utf-8")
+    about = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template(template)}
+    path.write_text(json.dumps(about, indent=2), encoding="utf-8")

@@ -16,6 +16,8 @@ from helping.files import readable
 from lora import LoRAEmbedding, LoRAError, lora_parameters, wrap
 from weights.reading import open_torch
 
+MERGED = "; where PEFT can merge it (merge_and_unload), --model opens the result"
+
 
 def save_adapter(model: nn.Module, path, to_hf, *, base_model: str, rank, alpha, dropout, rslora, weights=None) -> None:
     """Write adapter_config.json and adapter_model.safetensors (fp32).
@@ -86,7 +88,7 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
     }
     for field, bad in unsupported.items():
         if bad:
-            raise LoRAError(f"{path / 'adapter_config.json'}: {field} = {config.get(field)!r} is not plain LoRA")
+            raise LoRAError(f"{path / 'adapter_config.json'}: {field} = {config.get(field)!r} is not plain LoRA{MERGED}")
     for field in ("r", "lora_alpha"):
         if field not in config:
             raise LoRAError(f"{path / 'adapter_config.json'} lacks {field}")
@@ -100,7 +102,7 @@ def read_adapter(path, from_hf) -> tuple[dict, dict[str, torch.Tensor]]:
         name = name.removeprefix("base_model.model.").replace("lora_embedding_", "lora_")
         name = name.removesuffix(".weight")
         if not name.endswith((".lora_A", ".lora_B", ".base_layer")):  # whole weights, or another method's
-            raise LoRAError(f"{path / 'adapter_model.safetensors'}: {name} is not plain LoRA")
+            raise LoRAError(f"{path / 'adapter_model.safetensors'}: {name} is not plain LoRA{MERGED}")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise LoRAError(f"the adapter in {path}: {name} ({str(tensor.dtype)[6:]}) is not all finite floating-point numbers")
         try:

@@ -187,7 +187,7 @@ def _open_hf(folder: Path) -> dict:
     kinds = [f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     files = [file for file in kinds if (folder / file).is_file()][:1]
     if not files:
-        raise CheckpointError(f"{folder} has config.json but neither *.safetensors nor pytorch_model*.bin beside it")
+        raise CheckpointError(f"{folder} has config.json but none of {', '.join(kinds)} beside it")
     if files[0].endswith(".index.json"):
         index = folder / files[0]
         weight_map = _read_json(index).get("weight_map")
