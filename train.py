@@ -349,10 +349,10 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
 
     # Begin, or go on where a checkpoint stands: beside weights and optimizer, `state` is all that the steps before have left.
     saver = Saver(config, model, optimizer, scaler, workers)
-    fresh = beginning(config, data.batches, workers.world)
+    fresh = beginning(config, data, workers.world)
     state = saver.found() or fresh
     peak = peak_learning_rate(config, model.config.dim)
-    plan = make_plan(config, data.batches, state, peak, computed_in(config, device), workers)
+    plan = make_plan(config, data.batches, state, fresh, peak, computed_in(config, device), workers)
     workers.say(describe(config, model, data, plan, workers))
     exam = Exam(config, data, model, workers)
     before = exam.ask()

@@ -662,9 +662,8 @@ def test_what_some_processes_saved_another_number_resumes(base, saved_by, resume
 
 
 def test_processes_that_cannot_share_a_steps_rows_are_refused(base):
-    rows = SimpleNamespace(sizes=[5] * 9)
     with pytest.raises(RunError, match="has 3 rows, which 2 processes cannot share"):
-        make_plan(complete(flags(base)), rows, {"rows_per_step": 3}, 1e-2, torch.float32, SimpleNamespace(world=2))
+        make_plan(complete(flags(base)), None, {"rows_per_step": 3}, {"records": 0}, 1e-2, None, SimpleNamespace(world=2))
 
 
 def test_the_optimizer_in_backward_is_not_resumed_where_a_process_would_have_several_rows_of_a_step(base):
@@ -822,13 +821,24 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
 
 
 def test_a_run_is_not_resumed_on_other_records(base):
-    """Another record anywhere gives every document another place: some would be learnt twice and others never."""
-    whole, file = run(base), base / "data.jsonl"
-    records, resume = file.read_text(), {"resume": True, "output_dir": str(taken_back(base / "run", 4))}
-    file.write_text(records + '{"prompt": "Where?", "response": "Mira."}\n')
-    with pytest.raises(RunError, match=r"began on other records than .*data\.jsonl gives now, or .*: resume it with those"):
-        train(complete(resume))
-    file.write_text(records)
+    """Another record anywhere gives every document another place: some would be learnt twice and others never. Others of the
+    same lengths were once taken for the same, and held-out ones were not looked at: the log then compared what cannot be."""
+    whole = run(base, eval_data=[str(base / "held.jsonl")])
+    resume = {"resume": True, "output_dir": str(taken_back(base / "run", 4))}
+    more = '{"prompt": "Where?", "response": "Mira."}\n'
+    for name, change in (
+        ("data", lambda t: t + more),
+        ("data", lambda t: t.replace("nine", "enin")),
+        ("held", lambda t: t + more),
+    ):
+        file = base / f"{name}.jsonl"
+        records = file.read_text()
+        file.write_text(change(records))
+        with pytest.raises(
+            RunError, match=r"began on other records than .*data\.jsonl, .*held\.jsonl gives now, or .*: resume it"
+        ):
+            train(complete(resume))
+        file.write_text(records)
     assert losses(train(complete(resume))) == losses(whole)
 
 
