@@ -1206,6 +1206,8 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(ba
         ({"lora_targets": "wx"}, "unknown LoRA target wx: known are all-linear, output, tok_embeddings, w1"),
         ({"model_max_length": 0}, "--model_max_length must be at least 1, not 0"),
         ({"max_steps": "ten"}, "invalid int value: 'ten'"),
+        ({"num_train_epochs": "inf"}, "--num_train_epochs must be above 0 and finite, not inf"),
+        ({"seed": 2**64}, "--seed must be at least 0 and below 2 ** 64, not 18446744073709551616"),
         ({"model": "/nowhere"}, "no model at /nowhere: it is not a folder"),
         ({"model_max_length": 5000}, "is more than the 4096 tokens the model was trained to read"),
         ({"eval_split": 0.99}, "--eval_split 0.99 of 30 records leaves none to train on"),
