@@ -305,6 +305,22 @@ def test_the_best_weights_are_loaded_at_the_end_when_asked(base, monkeypatch, ba
     assert not any(torch.equal(own[name], weight) for name, weight in last["weights"].items())
 
 
+def test_a_run_whose_best_weights_are_gone_says_so_as_it_resumes_and_can_be_ended_without_them(base, monkeypatch):
+    """It said so at its end, with a remedy that was none: whatever was removed, it could never be ended."""
+    told = iter([3.0, 1.0, 2.0, 4.0, 4.0])  # after steps 0, 2, 4, 6, and 6 again
+    monkeypatch.setattr(train_script, "evaluate", lambda _, rows, *__: next(told) if isinstance(rows, PackedBatches) else 0.0)
+    more = {"eval_data": [str(base / "held.jsonl")], "eval_steps": 2, "save_total_limit": 0}
+    run(base, load_best_model_at_end=True, **more)
+    shutil.rmtree(taken_back(base / "run", 4) / "best")
+    resume = {"resume": True, "output_dir": str(base / "run")}
+    with pytest.raises(RunError, match=r"best/state.json is missing; --load_best_model_at_end False ends the run with its last"):
+        train(complete(resume))
+    train(complete(resume | {"load_best_model_at_end": False}))
+    model = load_adapter(load_model(base / "base"), base / "run", partial(from_hf, config=load_model(base / "base").config))
+    own, last = dict(model.named_parameters()), saved(base / "run" / "checkpoint-6")
+    assert all(torch.equal(own[name], weight) for name, weight in last["weights"].items())
+
+
 def test_where_no_held_out_loss_was_a_number_the_last_weights_are_kept(base, monkeypatch, capsys):
     monkeypatch.setattr(train_script, "evaluate", lambda *_: math.nan)
     run(base, eval_data=[str(base / "held.jsonl")], eval_steps=2, load_best_model_at_end=True)
