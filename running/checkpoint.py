@@ -214,6 +214,8 @@ class Saver:
             restore(self.folder / f"checkpoint-{step}", self.model, self.optimizer if step else None, self.workers)
             self.scaler.load_state_dict(self.state["scaler"])
             self.workers.say(f"resumed after step {step}")
+        elif self.resume:
+            self.workers.say(f"{self.folder} holds no checkpoint: the run begins anew")
 
     def rehearse(self, state: dict) -> None:
         """Save before the first step, in full size: what cannot be saved is found out now, not after two days."""

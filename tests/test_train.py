@@ -1003,11 +1003,22 @@ def test_a_tokenizer_of_far_fewer_tokens_than_the_model_knows_is_questioned(base
     assert "the tokenizer has only 340 of the model's 700 tokens: is it this model's?" in capsys.readouterr().out
 
 
-def test_a_run_that_cannot_begin_leaves_no_folder(base):
+def test_a_run_that_cannot_begin_leaves_no_folder_and_removes_none(base):
     (base / "data.jsonl").write_text("nonsense")
-    with pytest.raises(DataError):
-        run(base)
-    assert not (base / "run").exists()
+    (base / "mine").mkdir()
+    for name in ("run", "mine"):
+        with pytest.raises(DataError):
+            run(base, name)
+    assert not (base / "run").exists() and (base / "mine").exists()
+
+
+def test_a_run_resumed_without_a_checkpoint_says_that_it_begins_anew(base, capsys):
+    more = {"save_steps": 0, "max_steps": 1, "samples": 0}
+    whole = run(base, **more)
+    taken_back(base / "run", 0)
+    assert "begins anew" not in capsys.readouterr().out
+    assert run(base, resume=True, **more) == whole
+    assert f"{base / 'run'} holds no checkpoint: the run begins anew" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(base):
