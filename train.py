@@ -231,9 +231,9 @@ def learning_rate(config: TrainConfig, step: int, total: int, peak: float) -> fl
     return peak * (1 - progress if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """What a step draws its dropout from, whatever ran before it."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+def row_seed(seed: int, step: int, row: int) -> int:
+    """What a row of a step draws its dropout from, whatever ran before it and whichever process has it."""
+    return int(np.random.SeedSequence((seed, step, row)).generate_state(1, np.uint64)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Step(NamedTuple):
     supervised_tokens: int
 
 
-def training_step(config, model, optimizer, scaler, micro_batches, rate: float, workers: Workers, autocast) -> Step:
+def training_step(config, model, optimizer, scaler, micro_batches, step: int, rate: float, workers: Workers, autocast) -> Step:
     """One optimizer step over this rank's micro-batches. Returns what it was for all ranks together.
 
     Raises NotFinite when the loss or the gradient is not a finite number, before a weight is touched (with optimizer_in_backward,
@@ -256,6 +256,7 @@ def training_step(config, model, optimizer, scaler, micro_batches, rate: float, 
         group["lr"] = rate
     loss_sum = 0.0
     for i, batch in enumerate(micro_batches):
+        torch.manual_seed(row_seed(config.seed, step, workers.rank + i * workers.world))
         # DDP averages the gradients of all ranks in backward. Only the last micro-batch needs that; x world turns it into a sum.
         # FSDP does it each time: the gradient of a whole model has no room to wait.
         hold = isinstance(model, DistributedDataParallel) and i < len(micro_batches) - 1
@@ -349,10 +350,10 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
 
     # Begin, or go on where a checkpoint stands: beside weights and optimizer, `state` is all that the steps before have left.
     saver = Saver(config, model, optimizer, scaler, workers)
-    fresh = beginning(config, data.batches, workers.world)
+    fresh = beginning(config, data, workers.world)
     state = saver.found() or fresh
     peak = peak_learning_rate(config, model.config.dim)
-    plan = make_plan(config, data.batches, state, peak, computed_in(config, device), workers)
+    plan = make_plan(config, data.batches, state, fresh, peak, computed_in(config, device), workers)
     workers.say(describe(config, model, data, plan, workers))
     exam = Exam(config, data, model, workers)
     before = exam.ask()
@@ -386,11 +387,10 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
             began = time.perf_counter()
             epoch, rows = plan.rows(step, workers.rank, workers.world)
             micro_batches = [data.batches.batch(epoch, row) for row in rows]
-            torch.manual_seed(step_seed(config.seed, step, workers.rank))
             rate = learning_rate(config, step - 1, plan.total, plan.peak)
             with memory.watched(step - start, model, optimizer, micro_batches):
                 try:
-                    row = training_step(config, parallel, optimizer, scaler, micro_batches, rate, workers, autocast)
+                    row = training_step(config, parallel, optimizer, scaler, micro_batches, step, rate, workers, autocast)
                 except NotFinite as error:
                     raise plan.explain(error, step, data.batches, workers.world) from None
             state["step"], seconds = step, time.perf_counter() - began

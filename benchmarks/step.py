@@ -74,7 +74,7 @@ def our_step(options, rows):
     def step(turn):
         row = rows.batch(0, turn % len(rows))
         real = sum(len(rows.documents[i][0]) for i in rows.documents_in(0, turn % len(rows)))
-        return training_step(config, model, optimizer, scaler, [row], 1e-4, workers, autocast)[0], real
+        return training_step(config, model, optimizer, scaler, [row], 1, 1e-4, workers, autocast)[0], real
 
     return step
 

@@ -30,6 +30,7 @@ def flush_to_disk(path: Path) -> None:
 def alone(folder: Path, busy: Exception):
     """The folder, made if it is not there, for this process alone: raises `busy` if another is at work in it. The system lets go
     of the lock when the process ends, however it ends."""
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -42,8 +43,9 @@ def alone(folder: Path, busy: Exception):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if nothing came into it; by whoever was refused it would be taken from under the other
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if nothing came into it; by whoever was refused it would be taken from under the other
     finally:
         os.close(handle)
 

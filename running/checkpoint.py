@@ -139,10 +139,9 @@ def checksum(path: Path) -> int:
     return total
 
 
-def read_state(folder: Path, model: nn.Module) -> dict:
+def read_state(folder: Path, model: nn.Module, remedy="without its folder, --resume takes the checkpoint before it") -> dict:
     """A checkpoint's state.json, once all that the folder holds is found as it was written and for this model."""
     put_back(folder)
-    remedy = "without its folder, --resume takes the checkpoint before it"
     try:
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
@@ -191,6 +190,7 @@ class Saver:
 
     def __init__(self, config, model: nn.Module, optimizer, scaler, workers):
         self.folder, self.resume, self.keep = Path(config.output_dir), config.resume, config.save_total_limit
+        self.takes_best = config.load_best_model_at_end
         self.model, self.optimizer, self.scaler, self.workers = model, optimizer, scaler, workers
         self.state = self.writing = self.thread = None
         if config.async_save:
@@ -203,6 +203,8 @@ class Saver:
         """With --resume the state of the newest checkpoint, if there is one: the step, the log so far, ..."""
         for newest in checkpoints(self.folder)[-1:] if self.resume else []:
             self.state = read_state(newest, self.model)
+            if self.takes_best and self.state["best"] < math.inf:
+                self.read_best()  # now: found out at the end, it would have cost the run
         return self.state
 
     def restore(self) -> None:
@@ -212,6 +214,8 @@ class Saver:
             restore(self.folder / f"checkpoint-{step}", self.model, self.optimizer if step else None, self.workers)
             self.scaler.load_state_dict(self.state["scaler"])
             self.workers.say(f"resumed after step {step}")
+        elif self.resume:
+            self.workers.say(f"{self.folder} holds no checkpoint: the run begins anew")
 
     def rehearse(self, state: dict) -> None:
         """Save before the first step, in full size: what cannot be saved is found out now, not after two days."""
@@ -273,10 +277,13 @@ class Saver:
         if kind is None:  # or else the run ends for another reason, which is the one to be told
             self.wait()
 
+    def read_best(self) -> dict:
+        return read_state(self.folder / "best", self.model, "--load_best_model_at_end False ends the run with its last weights")
+
     def load_best(self, state: dict) -> None:
         if state["best"] == math.inf:
             return self.workers.say("no held-out loss was a number: the last weights are kept")
-        best = read_state(self.folder / "best", self.model)
+        best = self.read_best()
         restore(self.folder / "best", self.model, None, self.workers)
         about = f"their held-out loss of {best['best']:.4f} is the lowest"
         self.workers.say(f"the weights of step {best['step']} are taken: {about}")

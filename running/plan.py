@@ -4,6 +4,7 @@ several processes equal to one."""
 import math
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -39,23 +40,32 @@ class Plan:
         return RunError(f"{error} in step {step}{where}; the last checkpoint stands. {advice}")
 
 
-def fingerprint(batches: PackedBatches) -> int:
-    """Of the documents' lengths, which decide what is learnt in which step."""
-    return zlib.crc32(np.asarray(batches.sizes, np.int64))
+def fingerprint(*all_batches: PackedBatches) -> int:
+    """Of documents: where each ends, every token, and which of them train."""
+    total = 0
+    for batches in all_batches:
+        documents = batches.documents  # in memory, or a mapped file, where one array holds what each document has in two
+        tokens = [documents.tokens] if hasattr(documents, "tokens") else chain.from_iterable(documents)
+        for part in (np.asarray(batches.sizes, np.int64), *tokens):
+            total = zlib.crc32(part, total)
+    return total
 
 
-def beginning(config, batches: PackedBatches, world: int) -> dict:
+def beginning(config, data, world: int) -> dict:
     """What a run's steps leave behind, beside weights and optimizer, before there has been one."""
-    rows_per_step = config.gradient_accumulation_steps * world
-    return {"step": 0, "best": math.inf, "rows": [], "rows_per_step": rows_per_step, "lengths": fingerprint(batches)}
+    rows_per_step, records = config.gradient_accumulation_steps * world, fingerprint(data.batches, *data.evaluations.values())
+    return {"step": 0, "best": math.inf, "rows": [], "rows_per_step": rows_per_step, "records": records}
 
 
-def make_plan(config, batches: PackedBatches, state: dict, peak: float, dtype: torch.dtype, workers: Workers) -> Plan:
-    rows_per_step, lengths = state["rows_per_step"], fingerprint(batches)
-    if state.get("lengths", lengths) != lengths:
+def make_plan(
+    config, batches: PackedBatches, state: dict, fresh: dict, peak: float, dtype: torch.dtype, workers: Workers
+) -> Plan:
+    """fresh: `state` as it would be before the first step of a run begun now."""
+    rows_per_step = state["rows_per_step"]
+    if state.get("records", fresh["records"]) != fresh["records"]:
         raise RunError(
-            f"the run in {config.output_dir} began on other records than {', '.join(config.data)} gives now, or wrote them out "
-            "by another template or tokenizer: resume it with those, or begin anew with --overwrite"
+            f"the run in {config.output_dir} began on other records than {', '.join((*config.data, *config.eval_data))} gives "
+            "now, or wrote them out by another template or tokenizer: resume it with those, or begin anew with --overwrite"
         )
     if rows_per_step % workers.world:
         raise RunError(

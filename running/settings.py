@@ -4,6 +4,7 @@ A mistake found here costs a second, and gets one sentence; the same mistake fou
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -17,12 +18,13 @@ class RunError(ValueError):
 def check(config) -> None:
     """Raise RunError for a train.TrainConfig with a value out of range, or with two that exclude each other."""
     counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
-    not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples seed hsdp"
+    not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples hsdp"
     for names, ok, need in (
         (counts, lambda x: x >= 1, "at least 1"),
         (not_negative, lambda x: x >= 0, "0 or more"),
         ("lora_dropout eval_split warmup_ratio adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("num_train_epochs adam_epsilon lora_alpha", lambda x: x > 0, "above 0"),
+        ("num_train_epochs adam_epsilon lora_alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("seed", lambda x: 0 <= x < 2**64, "at least 0 and below 2 ** 64"),
         ("learning_rate", lambda x: x is None or x >= 0, "0 or more"),
     ):
         for name in names.split():
@@ -75,7 +77,7 @@ def check_processes(config, world: int) -> None:
 
 # What may differ when a run is resumed: nothing that changes the losses.
 FREE_TO_CHANGE = {"output_dir", "device", "fsdp", "cpu_offload", "hsdp", "save_steps", "save_total_limit", "logging_steps"}
-FREE_TO_CHANGE |= {"async_save", "resume", "overwrite"}
+FREE_TO_CHANGE |= {"async_save", "load_best_model_at_end", "resume", "overwrite"}
 
 
 def completed(given: dict, defaults, restarted: bool = False) -> dict:

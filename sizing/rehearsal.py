@@ -63,7 +63,7 @@ class Rehearsal:
 
     def step(self):
         rows = [self.row] * min(ROWS, self.config.gradient_accumulation_steps)
-        train.training_step(self.config, self.parallel, self.optimizer, self.scaler, rows, 1e-4, self.workers, self.autocast)
+        train.training_step(self.config, self.parallel, self.optimizer, self.scaler, rows, 1, 1e-4, self.workers, self.autocast)
 
     def evaluate(self):
         train.evaluate(self.model, self, self.workers, self.autocast)
