@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,12 @@ def test_nan_and_infinity_are_refused(bad, kind):
         kind(weight)
 
 
+@pytest.mark.parametrize("weight", [torch.empty(0, 64), torch.ones(2, 64, dtype=torch.int8)])
+def test_what_holds_no_numbers_is_refused(weight):
+    with pytest.raises(QuantError, match="cannot be quantised"):
+        quantize_nf4(weight)
+
+
 def test_processes_that_pack_a_weight_together_get_the_bytes_of_one():
     weight = torch.randn(701, 513)  # 3 pieces, the last with half a block and an odd number of weights
     whole, parts = quantize_nf4(weight), [[], [], []]
@@ -205,6 +212,13 @@ def test_forward_and_backward_are_those_of_the_dequantised_weight_to_the_bit(kin
     plain.backward(grad)
     assert torch.equal(ours, plain) and torch.equal(x.grad, other.grad)
     assert all(p.grad is None for p in linear.parameters())
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+def test_casting_a_model_changes_no_scale(kind):
+    linear = kind(torch.randn(48, 128))
+    before = linear.dequantize(torch.float32)
+    assert torch.equal(linear.bfloat16().dequantize(torch.float32), before)
 
 
 @pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
@@ -867,6 +881,25 @@ def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():
     assert (x.bfloat16() == 1).all()  # the control: plain rounding loses the update every time
     exact = torch.randn(1000).bfloat16()
     assert torch.equal(stochastic_round(exact.float()), exact)
+
+
+def test_each_step_of_each_weight_is_rounded_by_numbers_of_its_own_and_again_by_the_same():
+    """By the same numbers each time, half of the weights would never move."""
+
+    def rounded():
+        weights = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = AdamW8bit(weights, lr=2**-9)  # half of the last bit
+        for _ in range(2):
+            for weight in weights:
+                weight.data.fill_(1)
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            yield from (weight.detach().clone() for weight in weights)
+
+    first = list(rounded())
+    assert all(weight.unique().tolist() == [1 - 2**-8, 1] for weight in first)
+    assert not any(torch.equal(a, b) for a, b in combinations(first, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, rounded(), strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "full", "pure_bf16": True}])
