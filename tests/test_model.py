@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -398,6 +399,15 @@ def test_the_70b_params_json_of_meta_is_read(tmp_path):
     for i in range(8):  # the vocabulary's size is told by the head alone
         torch.save({"output.weight": torch.empty(4000, 1)}, tmp_path / f"consolidated.{i:02d}.pth")
     assert read_config(tmp_path) == PRESETS["70b"]
+
+
+def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    plain = ModelConfig(64, 2, 4, 4, 96, 9, norm_eps=1e-6, rope_theta=10000.0, max_seq_len=2048)
+    assert read_config(tmp_path) == plain
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))
+    assert read_config(tmp_path) == replace(plain, rope_theta=5e5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

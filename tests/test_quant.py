@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -453,7 +454,9 @@ def test_rows_in_another_order_are_the_same_rows_to_the_bit():
     weight, order = torch.randn(96, 768), torch.randperm(96)
     for double_quant in (True, False):
         packed = quantize_nf4(weight, double_quant)
-        assert torch.equal(dequantize_nf4(reordered(packed, order)), dequantize_nf4(packed)[order])
+        moved = reordered(packed, order)
+        assert torch.equal(dequantize_nf4(moved), dequantize_nf4(packed)[order])
+        assert moved.nested is None or moved.nested_block == 4  # of 12 blocks a row and 256 under a scale
     with pytest.raises(QuantError, match="rows of 71 numbers, not whole blocks of 64"):
         reordered(quantize_nf4(torch.randn(64, 71)), torch.randperm(64))
 
@@ -647,8 +650,12 @@ def as_fp4(tensors):
     tensors["model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__fp4"] = state
 
 
-def with_other_levels(tensors):
-    tensors["model.layers.1.self_attn.o_proj.weight.quant_map"] *= 0.9
+def made(part, change):
+    def make(tensors):
+        name = f"model.layers.1.self_attn.o_proj.weight.{part}"
+        tensors[name] = change(tensors[name])
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -662,7 +669,9 @@ def with_other_levels(tensors):
         (with_state(shape=[2, 2]), r"wo.weight is packed in blocks of 64 with shape \(2, 2\)"),
         (with_state(nested_offset="0,1"), "wo.weight has a quant_state.bitsandbytes__nf4 that cannot be read: could not convert"),
         (as_fp4, "wo.weight is packed as fp4, and only nf4 is read"),
-        (with_other_levels, "wo.weight has a quant_map with other levels than NF4"),
+        (made("quant_map", lambda x: x * 0.9), "wo.weight has a quant_map with other levels than NF4"),
+        (made("absmax", torch.Tensor.float), "wo.weight is packed as torch.uint8 with absmax as torch.float32"),
+        (made("nested_absmax", lambda x: x * math.inf), "wo.weight has scales that are NaN or infinity"),
     ],
 )
 def test_a_broken_4_bit_folder_is_refused_by_the_tensors_name(change, sentence, written):
@@ -839,6 +848,19 @@ def test_8_bit_adamw_follows_adamws_losses_within_1_percent_in_2_bytes_a_weight(
     state = [(p.numel(), sum(x.nbytes for x in s.values() if torch.is_tensor(x))) for p, s in optimizer.state.items()]
     large = [(n, size) for n, size in state if n >= 4096]
     assert sum(size for _, size in large) / sum(n for n, _ in large) == pytest.approx(2, abs=0.05)
+
+
+def test_8_bit_adamw_is_adamw_where_its_moments_are_fp32():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (4000, 100, 7)] for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+    optimizers = AdamW8bit(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(5):
+        for mine, other in zip(ours[:2], theirs, strict=False):  # the last has no gradient, and stays
+            mine.grad = other.grad = torch.randn_like(mine) * 1e-2
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_8_bit_adamw_does_the_same_in_pieces():
