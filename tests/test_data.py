@@ -211,8 +211,8 @@ def test_llama2_piece_by_piece_equals_tokenising_whole_turns_as_meta_does(llama2
 
 def test_white_space_around_a_message_is_neither_read_nor_learned(tokenizer):
     """146 of the 500 last replies in no_robots end in a stray space or newline, which a model would learn to write."""
-    tidy = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Oakford."}]
-    stray = [{"role": "user", "content": " Where?\n"}, {"role": "assistant", "content": "\nIn Oakford. \n"}]
+    tidy = [{"role": "user", "content": "Where?", "input": "A map"}, {"role": "assistant", "content": "In Oakford."}]
+    stray = [{"role": "user", "content": " Where?\n", "input": "\nA map "}, {"role": "assistant", "content": "\nIn Oakford. \n"}]
     for template in TEMPLATES.values():
         assert encode_dialog(stray, tokenizer, template) == encode_dialog(tidy, tokenizer, template)
 

@@ -499,6 +499,7 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
     greedy = Sampling(repetition_penalty=1.6)
     assert sample(logits[None], greedy, draws[:1], seen[None]).tolist() == [2]
     assert sample(logits[None], greedy, draws[:1], ~seen[None]).tolist() == [0]
+    assert sample(logits[None], Sampling(repetition_penalty=0.5), draws[:1], ~seen[None]).tolist() == [2]  # made likelier
 
 
 def test_the_prompts_tokens_count_as_having_been_there(tiny_llama):
