@@ -1186,6 +1186,7 @@ def test_labels_are_the_next_token_of_the_same_document_and_never_of_the_next_on
     documents = random_documents(200, 30)
     known = {tuple(ids.tolist()): labels.tolist() for ids, labels in documents}
     batches = PackedBatches(documents, 64)
+    assert sum(batches.supervised) == sum(int((batches.batch(0, i)["labels"] != IGNORE).sum()) for i in range(len(batches)))
     for index in range(len(batches)):
         for ids, labels in spans(batches.batch(0, index)):
             if ids[0] == PAD_ID:  # the tail: nothing but padding, nothing to learn

@@ -448,6 +448,14 @@ def test_temperature_divides_the_logits(temperature):
     assert_drawn_from(draw(4000, temperature), expected / expected.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_logits_in_16_bits_the_same_tokens_are_drawn_as_of_the_same_in_fp32(dtype):
+    """Thousands of small probabilities summed in 16 bits do not come to 1: late tokens would never be drawn."""
+    logits, draws = torch.randn(1, 4000).to(dtype).expand(500, -1), torch.linspace(1e-3, 1, 500)
+    how = Sampling(temperature=1.0)
+    assert torch.equal(sample(logits, how, draws), sample(logits.float(), how, draws))
+
+
 @pytest.mark.parametrize(("k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (9, [0, 1, 2, 3, 4])])
 def test_top_k_keeps_the_k_likeliest_in_proportion(k, kept):
     expected = torch.zeros(5)
