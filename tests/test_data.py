@@ -648,6 +648,15 @@ def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeyp
     assert {copies(2, i, 0) for i in range(50)} == {2}
     seen = [copies(1.5, i, 0) for i in range(1000)]
     assert set(seen) == {1, 2} and 1450 < sum(seen) < 1550 and seen == [copies(1.5, i, 0) for i in range(1000)]
+    assert seen != [copies(1.5, i, 1) for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("alpaca", "alpaca"), ("a field of somebody's own", "llama2"), (["alpaca"], "llama2")]
+)
+def test_a_kind_that_is_no_templates_name_is_no_kind(write, kind, taken):
+    path = write("a.jsonl", json.dumps({"messages": [ASK, REPLY], "kind": kind}))
+    assert [record.kind for record in read_records(path)] == [taken]
 
 
 def test_parquet_and_jsonl_of_no_robots_are_the_same_dialogs():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -487,6 +488,18 @@ def test_the_optimizers_state_is_made_with_one_gradient_at_a_time(tiny_llama, mo
 def test_a_gpu_without_a_number_is_the_current_one():
     """torch.cuda.set_device refuses "cuda", which benchmarks/ say."""
     assert Workers(torch.device("cuda")).world == 1
+
+
+def test_checkpoints_are_ordered_by_step_and_one_that_is_not_whole_is_none(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-8", "checkpoint-12.tmp", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+
+
+def test_the_checksum_of_a_large_file_is_that_of_all_its_pieces(tmp_path):
+    content = bytes([1]) + bytes(2**24)  # one byte more than a piece
+    (tmp_path / "file").write_bytes(content)
+    assert checkpoint_script.checksum(tmp_path / "file") == zlib.crc32(content)
 
 
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
