@@ -37,7 +37,7 @@ from running import checkpoint as checkpoint_script
 from running import folder as folder_script
 from running.checkpoint import checkpoints
 from running.exam import Exam
-from running.plan import make_plan
+from running.plan import beginning, make_plan
 from running.reading import read_data
 from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
@@ -240,6 +240,14 @@ def test_the_optimizer_has_the_numbers_of_the_flags_and_norms_never_decay(tiny_l
     groups = make_optimizer(TrainConfig(method="full", optim=optim, **flags), tiny_llama()).param_groups
     found = [(group["weight_decay"], group["betas"], group["eps"], {p.dim() for p in group["params"]}) for group in groups]
     assert found == [(0.3, (0.8, 0.95), 1e-6, {2}), (0.0, (0.8, 0.95), 1e-6, {1})]
+
+
+def test_a_part_of_an_epoch_or_of_a_step_is_rounded_up():
+    batches = PackedBatches([(torch.arange(8).numpy(),) * 2] * 3, 8)
+    config = TrainConfig(num_train_epochs=1.25, gradient_accumulation_steps=2)
+    workers = Workers(torch.device("cpu"))
+    plan = make_plan(config, batches, beginning(config, batches, 1), 1.0, torch.float32, workers)
+    assert (plan.steps_per_epoch, plan.total) == (2, 3)  # 3 rows, 2 a step; 2.5 steps
 
 
 def test_learning_rate_rises_over_the_warm_up_then_follows_its_schedule():
