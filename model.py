@@ -57,7 +57,7 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, field.type | int) or value <= 0:
                 raise TypeError(f"{field.name} is {value!r}")
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
-            raise CheckpointError(
+            raise TypeError(
                 f"dim {self.dim} must divide into n_heads {self.n_heads} heads of even size, "
                 f"and n_heads into n_kv_heads {self.n_kv_heads} groups"
             )

@@ -114,7 +114,7 @@ def quantize_blockwise(x: torch.Tensor, code: torch.Tensor, block: int) -> tuple
     scaled = rows * (1 / divisor)
     if ragged:  # as bitsandbytes does, to the last bit: it divides a block that is not full, and multiplies the others
         scaled[-1] = rows[-1] / divisor[-1]
-    return nearest_level(scaled.clamp_(-1, 1).flatten(), code)[: flat.numel()], absmax
+    return nearest_level(scaled.flatten(), code)[: flat.numel()], absmax
 
 
 def dequantize_blockwise(indices: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, block: int) -> torch.Tensor:

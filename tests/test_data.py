@@ -34,7 +34,7 @@ from data import (
     write_dialog,
 )
 from helping.flags import parse_flags
-from preparing.cache import cache_folder
+from preparing.cache import TokenFile, cache_folder, write_tokens
 from preparing.records import KINDS, copies, parse_input, read_records
 
 try:
@@ -211,8 +211,8 @@ def test_llama2_piece_by_piece_equals_tokenising_whole_turns_as_meta_does(llama2
 
 def test_white_space_around_a_message_is_neither_read_nor_learned(tokenizer):
     """146 of the 500 last replies in no_robots end in a stray space or newline, which a model would learn to write."""
-    tidy = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Oakford."}]
-    stray = [{"role": "user", "content": " Where?\n"}, {"role": "assistant", "content": "\nIn Oakford. \n"}]
+    tidy = [{"role": "user", "content": "Where?", "input": "A map"}, {"role": "assistant", "content": "In Oakford."}]
+    stray = [{"role": "user", "content": " Where?\n", "input": "\nA map "}, {"role": "assistant", "content": "\nIn Oakford. \n"}]
     for template in TEMPLATES.values():
         assert encode_dialog(stray, tokenizer, template) == encode_dialog(tidy, tokenizer, template)
 
@@ -328,6 +328,8 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
     assert load_template(kept) == (template, kept) and template.stop == ("Q:",)
     with_input = [{**ASK, "input": "a map"}, REPLY]
     assert write_dialog(with_input, template)[0].text == "Q: Where is it?\n\na map\nA:"
+    old = json.dumps(OWN | {"assistant": "{assistant} </s>"})  # refused in a file, but of a run that was trained so a part
+    assert load_template(old)[1] == old
 
 
 @pytest.mark.parametrize(
@@ -335,6 +337,7 @@ def test_a_template_of_ones_own_is_used_from_its_file_and_from_what_the_run_keep
     [
         ({"user": "Q: {usr}"}, "'user' should hold {user} once, other braces written twice, not 'Q: {usr}'"),
         ({"user": "{user} {user}"}, "should hold {user} once"),
+        ({"user": "{system}{user}{system}"}, "should hold {user} once"),
         ({"user": "{user!r}"}, "should hold {user} once"),
         ({"user": "{user.__class__}"}, "should hold {user} once"),
         ({"user": "{} {user}"}, "should hold {user} once"),
@@ -648,6 +651,15 @@ def test_weights_are_read_and_give_that_many_copies_on_average(tmp_path, monkeyp
     assert {copies(2, i, 0) for i in range(50)} == {2}
     seen = [copies(1.5, i, 0) for i in range(1000)]
     assert set(seen) == {1, 2} and 1450 < sum(seen) < 1550 and seen == [copies(1.5, i, 0) for i in range(1000)]
+    assert seen != [copies(1.5, i, 1) for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("alpaca", "alpaca"), ("a field of somebody's own", "llama2"), (["alpaca"], "llama2")]
+)
+def test_a_kind_that_is_no_templates_name_is_no_kind(write, kind, taken):
+    path = write("a.jsonl", json.dumps({"messages": [ASK, REPLY], "kind": kind}))
+    assert [record.kind for record in read_records(path)] == [taken]
 
 
 def test_parquet_and_jsonl_of_no_robots_are_the_same_dialogs():
@@ -687,6 +699,7 @@ def test_a_text_file_is_a_document_a_paragraph(write):
     assert [d[0] for d in read_dialogs(path)] == [
         {"role": "text", "content": text} for text in ("One line,\nand another.", "Second 日本.", "Third")
     ]
+    assert [record.origin for record in read_records(path)] == [f"a.txt, line {number}" for number in (3, 7, 10)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
@@ -1085,6 +1098,13 @@ def test_documents_in_a_file_are_those_in_memory_and_are_written_once(tokenizer,
     assert len(empty) == 0 and fates == {}
 
 
+def test_a_token_file_keeps_the_id_0_and_its_label(tmp_path):
+    """A token that is only read is kept as its complement: that of 0 is -1."""
+    write_tokens(tmp_path, [(np.array([0, 5, 0], np.int32), np.array([IGNORE, 5, 0], np.int32))], {})
+    ((ids, labels),) = TokenFile(tmp_path)
+    assert ids.tolist() == [0, 5, 0] and labels.tolist() == [IGNORE, 5, 0]
+
+
 def test_a_bad_record_leaves_no_half_written_token_file(tokenizer, write, tmp_path):
     dialogs = read_dialogs(write("a.jsonl", GOOD * 600 + "{"))
     with pytest.raises(DataError, match="line 601"):
@@ -1171,7 +1191,7 @@ def test_tokens_that_are_whole_are_read_where_nothing_can_be_written_and_others_
         encode_documents([said("Hi", "Yes")], tokenizer, TEMPLATES["plain"], **how)
 
 
-def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, write, tmp_path, monkeypatch):
+def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenizer, tiny_tokenizer, write, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path, other = write("a.jsonl", GOOD), write("b.jsonl", GOOD + GOOD)
     assert cache_folder([path], tokenizer, 1) is None  # too small to be worth a file
@@ -1186,10 +1206,14 @@ def test_the_token_files_name_changes_with_whatever_decides_its_content(tokenize
                 cache_folder([path], tokenizer, 2),
                 cache_folder([path] * 2, tokenizer, 1),
                 cache_folder([write("a.txt", GOOD)], tokenizer, 1),  # the same bytes, and each line raw text
+                cache_folder([path], tiny_tokenizer, 1),
             }
         )
-        == 5
+        == 6
     )
+    other.write_text(GOOD)
+    os.utime(other, (1, 1))  # as if it had been written at another time, which the clock of a disk may not tell
+    assert cache_folder([other], tokenizer, 1) == name
     monkeypatch.setattr("preparing.cache.PROGRAMS", [write("data.py", "")])  # whoever changes a template gets its tokens
     assert cache_folder([path], tokenizer, 1) != name
 
@@ -1247,6 +1271,7 @@ def test_labels_are_the_next_token_of_the_same_document_and_never_of_the_next_on
     documents = random_documents(200, 30)
     known = {tuple(ids.tolist()): labels.tolist() for ids, labels in documents}
     batches = PackedBatches(documents, 64)
+    assert sum(batches.supervised) == sum(int((batches.batch(0, i)["labels"] != IGNORE).sum()) for i in range(len(batches)))
     for index in range(len(batches)):
         for ids, labels in spans(batches.batch(0, index)):
             if ids[0] == PAD_ID:  # the tail: nothing but padding, nothing to learn

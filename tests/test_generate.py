@@ -138,6 +138,8 @@ def test_of_the_same_prompt_many_times_each_answer_is_drawn_anew(tiny_llama):
     assert len(set(map(tuple, said))) == 4
     assert together(model, [PROMPT] * 4, 20, temperature=1.5, seed=1)[0] != said[0]
     assert len(set(map(tuple, together(model, [PROMPT] * 4, 20)))) == 1  # greedy: all the same
+    model.output.weight.data.zero_()  # all tokens alike: a new draw for each, and there are 96
+    assert len(set(say(model, PROMPT, 40, temperature=1.0))) > 20
 
 
 def test_a_sequence_that_ends_leaves_and_the_others_go_on(tiny_llama):
@@ -154,6 +156,19 @@ def test_a_sequence_that_ends_leaves_and_the_others_go_on(tiny_llama):
         expected = whole[index][: whole[index].index(stop)] if stop in whole[index] else whole[index]
         assert tokens == (expected[:2] if index == 3 else expected)
     assert finished == set(range(5))
+
+
+def test_where_sequences_leave_the_others_keep_their_own_draws_and_penalties(tiny_llama):
+    """Two leave at once, the last among them; a third while its next token is made already."""
+    model, how = tiny_llama(), {"temperature": 1.3, "repetition_penalty": 1.5}
+    whole, finished, said = together(model, PROMPTS, 20, **how), set(), [[] for _ in PROMPTS]
+    for index, token in generate_batch(model, PROMPTS, Sampling(max_new_tokens=20, **how), finished=finished):
+        said[index].append(token)
+        if index in (1, 4) and len(said[index]) == 3:
+            finished.add(index)
+        if index == 0 and len(said[0]) == 8:
+            finished.add(2)
+    assert said == [tokens[:n] for tokens, n in zip(whole, (20, 3, 7, 20, 3), strict=True)]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -448,6 +463,14 @@ def test_temperature_divides_the_logits(temperature):
     assert_drawn_from(draw(4000, temperature), expected / expected.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_logits_in_16_bits_the_same_tokens_are_drawn_as_of_the_same_in_fp32(dtype):
+    """Thousands of small probabilities summed in 16 bits do not come to 1: late tokens would never be drawn."""
+    logits, draws = torch.randn(1, 4000).to(dtype).expand(500, -1), torch.linspace(1e-3, 1, 500)
+    how = Sampling(temperature=1.0)
+    assert torch.equal(sample(logits, how, draws), sample(logits.float(), how, draws))
+
+
 @pytest.mark.parametrize(("k", "kept"), [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (9, [0, 1, 2, 3, 4])])
 def test_top_k_keeps_the_k_likeliest_in_proportion(k, kept):
     expected = torch.zeros(5)
@@ -499,6 +522,7 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits_
     greedy = Sampling(repetition_penalty=1.6)
     assert sample(logits[None], greedy, draws[:1], seen[None]).tolist() == [2]
     assert sample(logits[None], greedy, draws[:1], ~seen[None]).tolist() == [0]
+    assert sample(logits[None], Sampling(repetition_penalty=0.5), draws[:1], ~seen[None]).tolist() == [2]  # made likelier
 
 
 def test_the_prompts_tokens_count_as_having_been_there(tiny_llama):

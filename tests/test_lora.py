@@ -64,9 +64,9 @@ def train(model, steps, lr=1e-2):
 @pytest.mark.parametrize("targets", [("wq", "w2"), ("output", "wv"), ("all-linear", "tok_embeddings")])
 def test_part_by_part_is_the_same_as_all_at_once(tiny_llama, targets):
     """The names of a part that has its adapters already are still known when the next one gets its own."""
-    whole, parts = tiny_llama(), tiny_llama()
+    whole, parts = tiny_llama(n_layers=11), tiny_llama(n_layers=11)  # layers.10 begins as layers.1 does, and is no part of it
     add_lora(whole, targets=targets)
-    for part in ("layers.0", "layers.1", ""):
+    for part in (*(f"layers.{i}" for i in range(11)), ""):
         add_lora(parts, targets=targets, part=part)
     assert lora_parameters(parts).keys() == lora_parameters(whole).keys()
     trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (whole, parts)]
@@ -91,6 +91,16 @@ def test_an_adapter_is_drawn_on_the_cpu_whatever_its_device(kind, base):
         assert drawn.lora_A.device.type == drawn.lora_B.device.type == device
         after.append(torch.rand(3))
     assert torch.equal(*after)
+
+
+def test_an_adapter_begins_with_numbers_of_pefts_size():
+    """A uniform up to 1 / sqrt(in); of an embedding B, from N(0, 1). The usual learning rates are for these."""
+    linear, table = (
+        kind(base(400, 100), 8, 16, 0.0, False) for kind, base in ((LoRALinear, nn.Linear), (LoRAEmbedding, nn.Embedding))
+    )
+    assert 0.049 < linear.lora_A.abs().max() < 0.05 and 0.028 < linear.lora_A.std() < 0.030
+    assert 0.9 < table.lora_B.std() < 1.1
+    assert not linear.lora_B.any() and not table.lora_A.any()
 
 
 def test_only_a_and_b_move(tiny_llama):

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,12 @@ def test_nan_and_infinity_are_refused(bad, kind):
         kind(weight)
 
 
+@pytest.mark.parametrize("weight", [torch.empty(0, 64), torch.ones(2, 64, dtype=torch.int8)])
+def test_what_holds_no_numbers_is_refused(weight):
+    with pytest.raises(QuantError, match="cannot be quantised"):
+        quantize_nf4(weight)
+
+
 def test_processes_that_pack_a_weight_together_get_the_bytes_of_one():
     weight = torch.randn(701, 513)  # 3 pieces, the last with half a block and an odd number of weights
     whole, parts = quantize_nf4(weight), [[], [], []]
@@ -205,6 +213,13 @@ def test_forward_and_backward_are_those_of_the_dequantised_weight_to_the_bit(kin
     plain.backward(grad)
     assert torch.equal(ours, plain) and torch.equal(x.grad, other.grad)
     assert all(p.grad is None for p in linear.parameters())
+
+
+@pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
+def test_casting_a_model_changes_no_scale(kind):
+    linear = kind(torch.randn(48, 128))
+    before = linear.dequantize(torch.float32)
+    assert torch.equal(linear.bfloat16().dequantize(torch.float32), before)
 
 
 @pytest.mark.parametrize("kind", [NF4Linear, Int8Linear])
@@ -446,7 +461,9 @@ def test_rows_in_another_order_are_the_same_rows_to_the_bit():
     weight, order = torch.randn(96, 768), torch.randperm(96)
     for double_quant in (True, False):
         packed = quantize_nf4(weight, double_quant)
-        assert torch.equal(dequantize_nf4(reordered(packed, order)), dequantize_nf4(packed)[order])
+        moved = reordered(packed, order)
+        assert torch.equal(dequantize_nf4(moved), dequantize_nf4(packed)[order])
+        assert moved.nested is None or moved.nested_block == 4  # of 12 blocks a row and 256 under a scale
     with pytest.raises(QuantError, match="rows of 71 numbers, not whole blocks of 64"):
         reordered(quantize_nf4(torch.randn(64, 71)), torch.randperm(64))
 
@@ -640,8 +657,12 @@ def as_fp4(tensors):
     tensors["model.layers.1.self_attn.o_proj.weight.quant_state.bitsandbytes__fp4"] = state
 
 
-def with_other_levels(tensors):
-    tensors["model.layers.1.self_attn.o_proj.weight.quant_map"] *= 0.9
+def made(part, change):
+    def make(tensors):
+        name = f"model.layers.1.self_attn.o_proj.weight.{part}"
+        tensors[name] = change(tensors[name])
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -655,7 +676,9 @@ def with_other_levels(tensors):
         (with_state(shape=[2, 2]), r"wo.weight is packed in blocks of 64 with shape \(2, 2\)"),
         (with_state(nested_offset="0,1"), "wo.weight has a quant_state.bitsandbytes__nf4 that cannot be read: could not convert"),
         (as_fp4, "wo.weight is packed as fp4, and only nf4 is read"),
-        (with_other_levels, "wo.weight has a quant_map with other levels than NF4"),
+        (made("quant_map", lambda x: x * 0.9), "wo.weight has a quant_map with other levels than NF4"),
+        (made("absmax", torch.Tensor.float), "wo.weight is packed as torch.uint8 with absmax as torch.float32"),
+        (made("nested_absmax", lambda x: x * math.inf), "wo.weight has scales that are NaN or infinity"),
     ],
 )
 def test_a_broken_4_bit_folder_is_refused_by_the_tensors_name(change, sentence, written):
@@ -834,6 +857,19 @@ def test_8_bit_adamw_follows_adamws_losses_within_1_percent_in_2_bytes_a_weight(
     assert sum(size for _, size in large) / sum(n for n, _ in large) == pytest.approx(2, abs=0.05)
 
 
+def test_8_bit_adamw_is_adamw_where_its_moments_are_fp32():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (4000, 100, 7)] for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+    optimizers = AdamW8bit(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(5):
+        for mine, other in zip(ours[:2], theirs, strict=False):  # the last has no gradient, and stays
+            mine.grad = other.grad = torch.randn_like(mine) * 1e-2
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_8_bit_adamw_does_the_same_in_pieces():
     torch.manual_seed(0)
     pieces = adamw_state(3 * 2**15 + 100, torch.float32)  # a piece has 2^16
@@ -874,6 +910,25 @@ def test_stochastic_rounding_keeps_the_mean_and_what_is_a_bf16_already():
     assert (x.bfloat16() == 1).all()  # the control: plain rounding loses the update every time
     exact = torch.randn(1000).bfloat16()
     assert torch.equal(stochastic_round(exact.float()), exact)
+
+
+def test_each_step_of_each_weight_is_rounded_by_numbers_of_its_own_and_again_by_the_same():
+    """By the same numbers each time, half of the weights would never move."""
+
+    def rounded():
+        weights = [nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = AdamW8bit(weights, lr=2**-9)  # half of the last bit
+        for _ in range(2):
+            for weight in weights:
+                weight.data.fill_(1)
+                weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            yield from (weight.detach().clone() for weight in weights)
+
+    first = list(rounded())
+    assert all(weight.unique().tolist() == [1 - 2**-8, 1] for weight in first)
+    assert not any(torch.equal(a, b) for a, b in combinations(first, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, rounded(), strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}, {"method": "full", "pure_bf16": True}])

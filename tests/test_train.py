@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ from running import checkpoint as checkpoint_script
 from running import folder as folder_script
 from running.checkpoint import checkpoints
 from running.exam import Exam
-from running.plan import make_plan
+from running.plan import beginning, make_plan
 from running.reading import read_data
 from running.workers import meet, restarts
 from sizing.rehearsal import Memory, copied
@@ -138,9 +139,9 @@ def losses(rows):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def step_gradients(model, micro_batches):
-    """The gradients that one training_step leaves behind when neither clipping nor the optimizer touches them."""
-    config = TrainConfig(max_grad_norm=0.0)
+def step_gradients(model, micro_batches, max_grad_norm=0.0):
+    """The gradients that one training_step leaves behind when the optimizer does not touch them, and clipping as asked."""
+    config = TrainConfig(max_grad_norm=max_grad_norm)
     optimizer = make_optimizer(config, model)
     optimizer.step = lambda: None
     optimizer.zero_grad = lambda **_: None
@@ -193,6 +194,61 @@ def test_packed_gradients_equal_those_of_one_document_at_a_time(base, tiny_llama
     assert loss == pytest.approx(alone_loss, rel=1e-6)
     for a, b in zip(gradients, alone_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_longer_than_max_grad_norm_is_cut_to_it(base, tiny_llama, tokenizer):
+    model, batch = tiny_llama(vocab_size=340), PackedBatches(ragged_documents(base, tokenizer), 64).batch(0, 0)
+    _, whole = step_gradients(model, [batch])
+    length = float(sum(gradient.square().sum() for gradient in whole)) ** 0.5
+    for limit, share in ((length / 2, 0.5), (length * 2, 1)):
+        _, cut = step_gradients(model, [batch], limit)
+        torch.testing.assert_close(cut, [gradient * share for gradient in whole], rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step_though_the_loss_is(base, tiny_llama, tokenizer):
+    model, batch = tiny_llama(vocab_size=340), PackedBatches(ragged_documents(base, tokenizer), 64).batch(0, 0)
+    model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(RunError, match=r"the gradient is (nan|inf)"):
+        step_gradients(model, [batch])
+
+
+def test_with_the_optimizer_in_backward_a_loss_that_is_not_finite_moves_no_weight(base, tiny_llama, tokenizer):
+    model, batch = tiny_llama(vocab_size=340), PackedBatches(ragged_documents(base, tokenizer), 64).batch(0, 0)
+    config = TrainConfig(method="full", optimizer_in_backward=True, max_grad_norm=0.0)
+    optimizer, scaler = make_optimizer(config, model), torch.amp.GradScaler("cpu", enabled=False)
+    train_script.step_in_backward(model, optimizer)
+    model.norm.weight.data[0] = math.inf
+    workers, autocast = Workers(torch.device("cpu")), partial(torch.autocast, "cpu", enabled=False)
+    before = model.output.weight.detach().clone()
+    with pytest.raises(RunError, match="the loss is"):
+        training_step(config, model, optimizer, scaler, [batch], 1.0, workers, autocast)
+    assert torch.equal(model.output.weight, before)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_supervised_tokens(base, tiny_llama, tokenizer):
+    model, batches = tiny_llama(vocab_size=340), PackedBatches(ragged_documents(base, tokenizer), 64, shuffle=False)
+    rows = [batches.batch(0, i) for i in range(len(batches))]
+    counts = [int((row["labels"] >= 0).sum()) for row in rows]
+    assert len(set(counts)) > 1  # or else a mean of means would be right as well
+    expected = sum(float(model(**row).detach()) for row in rows) / sum(counts)
+    workers, autocast = Workers(torch.device("cpu")), partial(torch.autocast, "cpu", enabled=False)
+    assert train_script.evaluate(model, batches, workers, autocast) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_the_optimizer_has_the_numbers_of_the_flags_and_norms_never_decay(tiny_llama, optim):
+    flags = {"weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    groups = make_optimizer(TrainConfig(method="full", optim=optim, **flags), tiny_llama()).param_groups
+    found = [(group["weight_decay"], group["betas"], group["eps"], {p.dim() for p in group["params"]}) for group in groups]
+    assert found == [(0.3, (0.8, 0.95), 1e-6, {2}), (0.0, (0.8, 0.95), 1e-6, {1})]
+
+
+def test_a_part_of_an_epoch_or_of_a_step_is_rounded_up():
+    batches = PackedBatches([(torch.arange(8).numpy(),) * 2] * 3, 8)
+    config = TrainConfig(num_train_epochs=1.25, gradient_accumulation_steps=2)
+    workers = Workers(torch.device("cpu"))
+    plan = make_plan(config, batches, beginning(config, batches, 1), 1.0, torch.float32, workers)
+    assert (plan.steps_per_epoch, plan.total) == (2, 3)  # 3 rows, 2 a step; 2.5 steps
 
 
 def test_learning_rate_rises_over_the_warm_up_then_follows_its_schedule():
@@ -457,6 +513,18 @@ def test_the_optimizers_state_is_made_with_one_gradient_at_a_time(tiny_llama, mo
 def test_a_gpu_without_a_number_is_the_current_one():
     """torch.cuda.set_device refuses "cuda", which benchmarks/ say."""
     assert Workers(torch.device("cuda")).world == 1
+
+
+def test_checkpoints_are_ordered_by_step_and_one_that_is_not_whole_is_none(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-8", "checkpoint-12.tmp", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-9", "checkpoint-10"]
+
+
+def test_the_checksum_of_a_large_file_is_that_of_all_its_pieces(tmp_path):
+    content = bytes([1]) + bytes(2**24)  # one byte more than a piece
+    (tmp_path / "file").write_bytes(content)
+    assert checkpoint_script.checksum(tmp_path / "file") == zlib.crc32(content)
 
 
 def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
