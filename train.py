@@ -247,7 +247,7 @@ class Step(NamedTuple):
 
 
 def training_step(config, model, optimizer, scaler, micro_batches, step: int, rate: float, workers: Workers, autocast) -> Step:
-    """One optimizer step over this rank's micro-batches. Returns what it was for all ranks together.
+    """The run's optimizer step number `step`, over this rank's micro-batches. Returns what it was for all ranks together.
 
     Raises NotFinite when the loss or the gradient is not a finite number, before a weight is touched (with optimizer_in_backward,
     which never has the whole gradient: the loss)."""

@@ -221,7 +221,7 @@ def test_with_the_optimizer_in_backward_a_loss_that_is_not_finite_moves_no_weigh
     workers, autocast = Workers(torch.device("cpu")), partial(torch.autocast, "cpu", enabled=False)
     before = model.output.weight.detach().clone()
     with pytest.raises(RunError, match="the loss is"):
-        training_step(config, model, optimizer, scaler, [batch], 1.0, workers, autocast)
+        training_step(config, model, optimizer, scaler, [batch], 1, 1.0, workers, autocast)
     assert torch.equal(model.output.weight, before)
 
 
