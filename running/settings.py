@@ -97,12 +97,14 @@ def completed(given: dict, defaults, restarted: bool = False) -> dict:
     if restarted and (folder / "run.json").exists() and not (given.get("overwrite") and is_finished(folder)):
         given = {name: value for name, value in given.items() if name != "overwrite"} | {"resume": True}
     if given.get("resume"):
-        saved = with_tuples(read_run(folder, {field.name for field in dataclasses.fields(defaults)}))
+        saved, began_in = read_run(folder, {field.name for field in dataclasses.fields(defaults)})
         for name, value in given.items():
             if name not in FREE_TO_CHANGE and value != saved[name]:
                 was = "its default" if saved[name] is None else saved[name]
                 raise RunError(f"--{name} {value}: the run in {folder} was started with {was}, and a resumed run is the same run")
         given = saved | given
+        if given["dtype"] == "auto":  # on this device it could be another
+            given["dtype"] = began_in
     elif "data" not in given and given.get("model", defaults.model) != defaults.model:
         raise RunError(f"--model {given['model']} needs --data, the records to train it on")
     elif not {"data", "eval_split"} & given.keys():
@@ -118,14 +120,16 @@ def is_finished(folder: Path) -> bool:
     return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("finished", False)
 
 
-def read_run(folder: Path, names: set[str]) -> dict:
-    """The settings in a run's run.json, which are those of these names."""
+def read_run(folder: Path, names: set[str]) -> tuple[dict, str]:
+    """(the settings in a run's run.json, which are those of these names; the --dtype that the run was computed in)"""
+    formats = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings, began_in = run["settings"], formats[run["dtype"]]
     except FileNotFoundError:
         raise RunError(f"nothing to resume: {folder} holds no run (--output_dir names its folder)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / 'run.json'} is not what train.py writes: {error}") from None
     if differ := settings.keys() ^ names - {"resume", "overwrite"}:
         raise RunError(f"{folder} was begun by another version of train.py, which differs in {', '.join(sorted(differ))}")
-    return settings
+    return with_tuples(settings), began_in

@@ -90,7 +90,7 @@ def fit(dialog: list[dict], voice: Voice, max_new_tokens: int) -> tuple[list[int
         ids, _ = encode_dialog([*system, *dialog[cut:]], voice.tokenizer, voice.template)
         if len(ids) + max_new_tokens <= window:
             break
-    return ids, (cut - len(system)) // 2
+    return ids, cut // 2
 
 
 class Reply:

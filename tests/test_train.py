@@ -902,7 +902,15 @@ def test_a_resumed_run_is_the_same_run_or_refused(base):
     with pytest.raises(RunError, match="nothing to resume"):
         complete({"resume": True, "output_dir": str(base / "nowhere")})
     again = complete({"resume": True, "output_dir": str(base / "run"), "logging_steps": 3})
-    assert again.logging_steps == 3 and again.model_max_length == 64
+    assert again.logging_steps == 3 and again.model_max_length == 64 and again.dtype == "fp32"
+
+
+def test_a_run_goes_on_in_the_number_format_it_began_in_on_any_device(base):
+    """--dtype auto is another one on another GPU: a run begun in bf16 and resumed on a T4 ended in a traceback of its scaler."""
+    run(base, max_steps=1, samples=0)
+    file = base / "run" / "run.json"
+    file.write_text(file.read_text().replace("torch.float32", "torch.float16"))
+    assert complete({"resume": True, "output_dir": str(base / "run")}).dtype == "fp16"
 
 
 def test_a_run_is_not_resumed_on_other_records(base):
