@@ -247,7 +247,8 @@ def test_a_part_of_an_epoch_or_of_a_step_is_rounded_up():
     batches = PackedBatches([(torch.arange(8).numpy(),) * 2] * 3, 8)
     config = TrainConfig(num_train_epochs=1.25, gradient_accumulation_steps=2)
     workers = Workers(torch.device("cpu"))
-    plan = make_plan(config, batches, beginning(config, batches, 1), 1.0, torch.float32, workers)
+    fresh = beginning(config, SimpleNamespace(batches=batches, evaluations={}), 1)
+    plan = make_plan(config, batches, fresh, fresh, 1.0, torch.float32, workers)
     assert (plan.steps_per_epoch, plan.total) == (2, 3)  # 3 rows, 2 a step; 2.5 steps
 
 
