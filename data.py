@@ -26,7 +26,6 @@ import json
 import sys
 from array import array
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +35,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from preparing.readers import DataError, own_template
+from preparing.readers import DataError, added_tokens, own_template
 from preparing.records import read_dialogs  # noqa: F401  a public door of this file
 
 IGNORE = -100  # the label of a token that is read but not supervised; the value cross_entropy skips
@@ -63,7 +62,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError(f"{path} has no begin and end tokens; a Llama tokenizer has <s> and </s>")
-        named = _added_tokens(Path(path).parent)
+        named = added_tokens(Path(path).parent)
         self.added = tuple(sorted(x for x in named if self.pieces.id_to_piece(self.pieces.piece_to_id(x)) != x))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
@@ -87,21 +86,6 @@ class Tokenizer:
         about = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         about |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "model_max_length": window}
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
-
-
-def _added_tokens(folder: Path) -> set[str]:
-    """Tokens that the files of a Hugging Face folder name, in any of three places. A file that is none, or other, names none."""
-    found = set()
-    for file, tokens in (
-        ("added_tokens.json", lambda fields: fields),
-        ("tokenizer_config.json", lambda fields: [token["content"] for token in fields["added_tokens_decoder"].values()]),
-        ("tokenizer.json", lambda fields: [token["content"] for token in fields["added_tokens"]]),
-    ):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            found |= {
-                token for token in tokens(json.loads((folder / file).read_text("utf-8"))) if token and isinstance(token, str)
-            }
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +254,7 @@ def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs
                     continue
                 fates[f"of these cut to {max_length} tokens"] += 1
             fates["kept"] += 1
-            if added := tokenizer.added and tokenizer.added_in(*(piece.text for piece in pieces)):
+            if added := tokenizer.added_in(*(piece.text for piece in pieces)):
                 fates[f"of these hold {added}, one token each for transformers, here spelt in pieces"] += 1
             yield np.array(ids, np.int32), np.array(labels, np.int32)
 

@@ -1,13 +1,15 @@
 """Readers: the kinds of file that records come in, and where the datasets that have a name are found.
 
 A reader yields (place, record), streaming in all kinds but JSON; where only one line is wrong, it yields a DataError in place of
-the record. What a record's fields mean is preparing/records.py's part. A template of one's own is read here too.
+the record. What a record's fields mean is preparing/records.py's part. A template of one's own is read here too, and what tokens
+a model has beside its tokenizer.model.
 """
 
 import csv
 import gzip
 import json
 import re
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -179,3 +181,17 @@ def own_template(name: str) -> tuple[dict, str]:
     if "system" in given and "{system}" not in given["user"]:
         raise DataError(f"{where}: 'user' has no {{system}}, so a system message would be lost")
     return given | {"stop": tuple(stop)}, kept
+
+
+def added_tokens(folder: Path) -> set[str]:
+    """Tokens that the files of a Hugging Face folder name, in any of three places. A file that is none, or other, names none."""
+    found = set()
+    for file, named in (
+        ("added_tokens.json", lambda fields: fields),
+        ("tokenizer_config.json", lambda fields: [token["content"] for token in fields["added_tokens_decoder"].values()]),
+        ("tokenizer.json", lambda fields: [token["content"] for token in fields["added_tokens"]]),
+    ):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            fields = json.loads((folder / file).read_text("utf-8"))
+            found |= {token for token in named(fields) if token and isinstance(token, str)}
+    return found

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+from generate import DTYPES
 from helping.flags import with_tuples
 
 
@@ -122,7 +123,7 @@ def is_finished(folder: Path) -> bool:
 
 def read_run(folder: Path, names: set[str]) -> tuple[dict, str]:
     """(the settings in a run's run.json, which are those of these names; the --dtype that the run was computed in)"""
-    formats = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+    formats = {str(dtype): name for name, dtype in DTYPES.items()}
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         settings, began_in = run["settings"], formats[run["dtype"]]
