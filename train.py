@@ -42,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import IGNORE, PAD_ID, DataError, PackedBatches
 from generate import TINY, pick_device, pick_dtype
 from helping.flags import parse_flags
+from helping.malloc import keep_freed_memory
 from lora import LoRAError, add_lora
 from model import CheckpointError, Llama, ModelConfig, load_model, random_model, read_config
 from quant import QUANTIZERS, AdamW8bit, NF4Linear
@@ -327,6 +328,8 @@ def train(config: TrainConfig) -> list[dict]:
     check_start(config, sizes, workers.world)
     if device.type == "cpu" and sizes.dim < 512 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # in a model this small, threads bring a run little, and on a busy machine wait for each other
+    if device.type == "cpu":
+        keep_freed_memory()
     with alone_in(Path(config.output_dir), workers):
         data = read_data(config, workers.say)
         memory = Memory(config, sizes, data, workers)

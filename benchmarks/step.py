@@ -40,6 +40,7 @@ from turns import Contestant, answer, weights  # noqa: E402
 from data import PackedBatches, Tokenizer, encode_documents, load_template, read_dialogs  # noqa: E402
 from generate import DTYPES  # noqa: E402
 from helping.flags import parse_flags  # noqa: E402
+from helping.malloc import keep_freed_memory  # noqa: E402
 from model import PRESETS, ModelConfig  # noqa: E402
 
 
@@ -63,6 +64,8 @@ def our_step(options, rows):
     from train import TrainConfig, Workers, build, make_optimizer, precision, training_step
 
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     settings = {"model": options.folder, "method": options.method, "dtype": options.dtype, "learning_rate": 1e-4}
     settings |= {"quantize": "nf4" if options.method == "qlora" else "none", "compile": options.who == "compiled"}
     config = TrainConfig(**settings | parse_flags(TrainConfig, "", shlex.split(options.ours)))
