@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fusing.attention import attention_in_blocks
+
 warnings.filterwarnings("ignore", message=".*complex operators")  # torch.compile's, of two views of RoPE's table
 
 
@@ -146,8 +148,9 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
 @torch.compiler.disable  # as many turns as there are documents: not a shape to compile for
 def attention_one_by_one(q, k, v, cu_seqlens, method: str) -> torch.Tensor:
     """The same where no kernel takes all documents at once: a loop over them."""
-    documents = ([x[start:end].transpose(0, 1) for x in (q, k, v)] for start, end in pairwise(cu_seqlens.tolist()))
-    return torch.cat([attention_over_keys(*parts, method).transpose(0, 1) for parts in documents])  # parts (heads, t, D)
+    lengths = [end - start for start, end in pairwise(cu_seqlens.tolist())]
+    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)  # of parts (heads, t, D)
+    return torch.cat([attention_over_keys(*parts, method).transpose(0, 1) for parts in documents])
 
 
 def has_varlen(x: torch.Tensor) -> bool:
@@ -157,6 +160,8 @@ def has_varlen(x: torch.Tensor) -> bool:
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
+    if method == "sdpa" and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attention_in_blocks(q, k, v)
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
@@ -297,7 +302,7 @@ class KVCache:
 class Llama(nn.Module):
     """The whole model. New weights are drawn from N(0, 0.02); `load_model` replaces them by real ones.
 
-    attention: "sdpa" (fused) or "textbook" (the four lines one can read, with the T x T matrix in memory)."""
+    attention: "sdpa" (never all scores at once) or "textbook" (the four lines one can read, with the T x T matrix in memory)."""
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()

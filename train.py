@@ -62,7 +62,7 @@ class TrainConfig:
     method: Literal["lora", "qlora", "full"] = "lora"  # lora: adapters beside frozen weights; qlora: frozen in NF4; full: all
     quantize: Literal["none", "int8", "nf4"] = "none"  # keep the frozen weights of lora in 8 or 4 bits; qlora means nf4
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the computation; auto: bf16 on a GPU that has it, fp32 on a CPU
-    attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: PyTorch's fused kernel; textbook: the readable four lines
+    attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: never all scores at once; textbook: the readable four lines
     gradient_checkpointing: bool = False  # compute each block again in backward instead of keeping its activations
     compile: bool = False  # fuse each block's small operations into kernels made for it: a slow first step, then faster ones
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU

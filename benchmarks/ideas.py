@@ -43,6 +43,13 @@ def adapted(base, a, b, scaling, x):
     return base(x) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scaling
 
 
+def fused(borders, *qkv):
+    """Attention by PyTorch's kernel, a document at a time."""
+    parts = zip(*(x.transpose(0, 1).split(borders.diff().tolist(), dim=1) for x in qkv), strict=True)
+    one = partial(F.scaled_dot_product_attention, is_causal=True)
+    return torch.cat([one(*(x[None] for x in document))[0].transpose(0, 1) for document in parts])
+
+
 def made_at_once(packed: PackedNF4, dtype):
     codes = torch.stack((packed.data >> 4, packed.data & 15), dim=-1).flatten()
     return dequantize_blockwise(codes, packed.scales(), NF4_CODE, 64).to(dtype).view(packed.shape)
@@ -94,6 +101,10 @@ def ideas(preset: str, tokens: int, device: str):
     qkv = [random(tokens, heads, sizes.head_dim) for _ in range(3)]
     ways = (lambda q, k, v, how=how: attention_over_documents(q, k, v, borders, how) for how in ("textbook", "sdpa"))
     yield "attention without the matrix of scores, two documents", f"{tokens} x {heads} x {sizes.head_dim}", *ways, qkv
+
+    if device == "cpu":
+        ways = partial(fused, borders), lambda q, k, v: attention_over_documents(q, k, v, borders, "sdpa")
+        yield "the same beside PyTorch's kernel", f"{tokens} x {heads} x {sizes.head_dim}", *ways, qkv
 
     packed, row = quantize_nf4(torch.randn(hidden, dim, device=device)), random(1, 1, grad=False)
     ways = (lambda row, make=make: make(packed, bf16) * row for make in (made_at_once, dequantize_nf4))

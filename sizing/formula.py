@@ -74,6 +74,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
     within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
+    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa"  # attention on a CPU
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
     L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
     terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
@@ -110,7 +111,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
     else:
         norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
-    attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"  # q, k, v, the result; one fp32 number a row
+    attention = f"T * ({1 + ('wo' in moved)} * C + 2 * K) * b"  # q, k, v, the result where it is multiplied with
+    if not in_blocks:  # PyTorch's kernel keeps it in any case, and one fp32 number a row
+        attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
         # Forward, at work: softmax's input in 16 bits and in fp32, its result; with masters the norm's copies are there.
         scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"
@@ -187,6 +190,11 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         left += [work + others] + [scores] * again
     elif gpu and half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
         work = f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{late_copies}"
+        left.append(work + others)
+    elif in_blocks:  # of 128 queries' scores three tensors in fp32; heads first q, k and v, which autograd has as they were, too;
+        # the result's gradient and a copy; in fp32 k and three gradients
+        saved = "" if again else " + T * (C + 2 * K) * 2"
+        work = f"H * {min(128, known['T'])} * T * 12 + T * 26 * C{saved} + T * C * {here - 4 * masters}{late_copies}"
         left.append(work + others)
     if masters and stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second norm
         between = f"T * C * {here + 8}"  # has its input, and its result's gradient.

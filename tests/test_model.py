@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,41 @@ def test_variable_length_kernel_equals_textbook(dtype):
         results.append((out, *torch.autograd.grad(out.float().square().sum(), qkv)))
     for fast, exact in zip(*results, strict=True):
         close(fast, exact, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_attention_in_blocks_of_queries_errs_as_little_as_the_fused_kernel(kv_heads):
+    """Documents of less than a block, of one, and of several and a rest; results and gradients against float64. Long queries make
+    attention sharp, so that scores in 16 bits would be further off."""
+    torch.manual_seed(0)
+    numbers = [torch.randn(600, heads, 64).bfloat16() for heads in (6, kv_heads, kv_heads)]
+    numbers[0] *= 3
+    by_out, borders = torch.randn(600, 6, 64).bfloat16(), cu(0, 1, 100, 228, 600)
+
+    def results(attend, of):
+        qkv = [x.to(of, copy=True).requires_grad_() for x in numbers]
+        out = attend(*qkv)
+        return [x.double() for x in (out, *torch.autograd.grad(out, qkv, by_out.to(of)))]
+
+    def pytorchs(*qkv):
+        documents = zip(*(x.transpose(0, 1)[None].split(borders.diff().tolist(), dim=2) for x in qkv), strict=True)
+        parts = [F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)[0] for document in documents]
+        return torch.cat(parts, dim=1).transpose(0, 1)
+
+    exact = results(partial(attention_over_documents, cu_seqlens=borders, method="textbook"), torch.float64)
+    fused = results(pytorchs, torch.bfloat16)
+    ours = results(partial(attention_over_documents, cu_seqlens=borders, method="sdpa"), torch.bfloat16)
+    for name, a, b, right in zip(("out", "q", "k", "v"), ours, fused, exact, strict=True):
+        assert (a - right).norm() <= 1.4 * (b - right).norm(), name
+        assert (a - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), name
+
+
+def test_attention_in_blocks_is_what_a_cpu_takes_in_bf16_and_under_autocast_the_same():
+    q, k, v = (torch.randn(150, 2, 8).bfloat16().requires_grad_() for _ in range(3))
+    plain = attention_over_documents(q, k, v, cu(0, 150), "sdpa")
+    assert "BlockwiseAttention" in str(plain.grad_fn.next_functions[0][0].next_functions[0][0])
+    with torch.autocast("cpu", torch.bfloat16):  # it would take the scores' product, which is in fp32, in 16 bits
+        assert torch.equal(plain, attention_over_documents(q, k, v, cu(0, 150), "sdpa"))
 
 
 def test_unknown_attention_is_an_error():
