@@ -20,8 +20,8 @@ class BlockwiseAttention(torch.autograd.Function):
 
     dV = P^T dO     dP = dO V^T     dS = P * (dP - rowsum(dP * P))     dQ = dS K / sqrt(D)     dK = dS^T Q / sqrt(D)
 
-    Scores, probabilities and sums over blocks are fp32; all but the scores is multiplied in bf16. fp16 has not the range: dP would
-    run over once the loss is scaled up."""
+    Scores, probabilities and sums over blocks are fp32; all but the scores is multiplied in bf16. Not in fp16: once the loss is
+    scaled up, dP would leave its range."""
 
     @staticmethod
     def forward(ctx, q, k, v):
