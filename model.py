@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fusing.attention import attention_in_blocks
+from fusing import attention as blockwise
 
 warnings.filterwarnings("ignore", message=".*complex operators")  # torch.compile's, of two views of RoPE's table
 
@@ -160,8 +160,8 @@ def has_varlen(x: torch.Tensor) -> bool:
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
-    if method == "sdpa" and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attention_in_blocks(q, k, v)
+    if method == "sdpa" and blockwise.helps(q, k):
+        return blockwise.attention_in_blocks(q, k, v)
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)

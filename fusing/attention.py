@@ -7,6 +7,12 @@ block of queries sees its whole row at once, and the softmax is the textbook's."
 import torch
 
 QUERIES = 128  # of a block: 12 heads x 128 x 512 scores x 4 bytes = 3 MB
+LONGEST = 2048  # document: in longer ones a block's scores outgrow the cache, and PyTorch's kernel is as fast, then faster
+
+
+def helps(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether it is for these (heads, tokens, D)."""
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= LONGEST
 
 
 def attention_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -74,9 +74,9 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
     within = flags.optimizer_in_backward  # one gradient at a time
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
-    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa"  # attention on a CPU
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
     L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
+    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and known["T"] <= 2048  # attention on a CPU
     terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
