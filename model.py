@@ -160,7 +160,7 @@ def has_varlen(x: torch.Tensor) -> bool:
 
 def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     """Causal attention of q (H, Tq, D), the last Tq of Tk tokens, over k and v (K, Tk, D) -> (H, Tq, D)."""
-    if method == "sdpa" and blockwise.helps(q, k):
+    if method == "sdpa" and blockwise.helps(q, k):  # on a CPU in bf16 the fused kernel's equations, by hand, are faster than it
         return blockwise.attention_in_blocks(q, k, v)
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before

@@ -282,6 +282,25 @@ def test_attention_in_blocks_of_queries_errs_as_little_as_the_fused_kernel(kv_he
         assert (a - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), name
 
 
+def test_attention_in_blocks_continues_a_sequence_that_began_before():
+    q, k, v = (torch.randn(heads, 300, 8).bfloat16() for heads in (4, 2, 2))
+    whole = attention_over_keys(q, k, v, "sdpa")
+    for first in (1, 130, 298):
+        close(attention_over_keys(q[:, first:], k, v, "sdpa"), whole[:, first:], atol=0.02)
+    close(whole.float(), attention_over_keys(*(x.float() for x in (q, k, v)), "textbook"), atol=0.02)
+
+
+@torch.no_grad()
+def test_a_document_whose_scores_outgrow_the_cache_is_left_to_the_fused_kernel(monkeypatch):
+    given = []
+    fused = F.scaled_dot_product_attention
+    noted = lambda q, *rest, **how: given.append(q.shape[2]) or fused(q, *rest, **how)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = (torch.randn(4148, 1, 8).bfloat16() for _ in range(3))
+    attention_over_documents(q, k, v, cu(0, 50, 2098, 4147, 4148), "sdpa")
+    assert given == [2049]
+
+
 def test_attention_in_blocks_is_what_a_cpu_takes_in_bf16_and_under_autocast_the_same():
     q, k, v = (torch.randn(150, 2, 8).bfloat16().requires_grad_() for _ in range(3))
     plain = attention_over_documents(q, k, v, cu(0, 150), "sdpa")
