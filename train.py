@@ -326,10 +326,10 @@ def train(config: TrainConfig) -> list[dict]:
         return rows
     sizes = read_config(config.model)
     check_start(config, sizes, workers.world)
-    if device.type == "cpu" and sizes.dim < 512 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # in a model this small, threads bring a run little, and on a busy machine wait for each other
     if device.type == "cpu":
         keep_freed_memory()
+        if sizes.dim < 512 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # in a model this small, threads bring little, and on a busy machine wait for each other
     with alone_in(Path(config.output_dir), workers):
         data = read_data(config, workers.say)
         memory = Memory(config, sizes, data, workers)

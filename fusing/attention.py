@@ -11,7 +11,7 @@ LONGEST = 2048  # document: in longer ones a block's scores outgrow the cache, a
 
 
 def helps(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether it is for these (heads, tokens, D)."""
+    """Whether it is the faster way for q and k (heads, tokens, D)."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] <= LONGEST
 
 

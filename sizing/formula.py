@@ -76,7 +76,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
     moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
     L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
-    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and known["T"] <= 2048  # attention on a CPU
+    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and known["T"] <= 2048  # by fusing/attention.py
     terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
 
     def term(name: str, *moments: str) -> None:
