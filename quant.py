@@ -324,10 +324,16 @@ class Int8Linear(FrozenLinear):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__(weight)
-        if not weight.isfinite().all():
+        values = weight.new_empty(weight.shape, dtype=torch.int8)
+        scale = weight.new_empty(len(weight), 1, dtype=torch.float32)
+        rows = max(1, 2**19 // self.in_features)  # at a time: the temporaries are a piece each, which stays in the cache
+        for piece, factor, out in zip(weight.split(rows), scale.split(rows), values.split(rows), strict=True):
+            piece = piece.float()
+            torch.div(piece.abs().amax(dim=1, keepdim=True).clamp(min=1e-38), 127, out=factor)
+            out.copy_((piece / factor).round_())
+        if not scale.isfinite().all():
             raise QuantError("holds NaN or infinity and cannot be quantised")
-        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-38) / 127
-        self.weight = nn.Parameter((weight.float() / scale).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

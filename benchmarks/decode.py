@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from turns import Contestant, answer, weights  # noqa: E402
 
+from helping.malloc import keep_freed_memory  # noqa: E402
 from model import PRESETS, load_model  # noqa: E402
 
 
@@ -122,13 +123,21 @@ def loading(options) -> None:
 
     (file,) = Path(options.folder).glob("*.safetensors")
 
+    used = bytearray(file.stat().st_size)
+
     def read():
         return file.read_bytes()
+
+    def read_again():
+        with file.open("rb") as opened:
+            assert opened.readinto(used) == len(used)
 
     def load(linear=None):
         return load_model(options.folder, device=options.device, dtype=torch.bfloat16, quantize=linear)
 
-    ways = {"reading the bytes": read, "bf16, plain rows": load}
+    if options.device == "cpu":
+        keep_freed_memory()  # as generate.py does
+    ways = {"reading the bytes": read, "reading them into memory in use": read_again, "bf16, plain rows": load}
     if CPULinear.helps(torch.device(options.device), torch.bfloat16):
         ways["bf16, in the CPU's order"] = lambda: load(CPULinear)
     ways |= {name: lambda linear=QUANTIZERS[name]: load(linear) for name in options.quantize if name != "none"}

@@ -12,7 +12,8 @@ def keep_freed_memory() -> None:
 
     The system hands memory out in pages of 4 kB, zeroed, each with an interruption of the program when it is first touched. As
     malloc comes it gives back what lies free at the end of its heap, and a step of training 125m asks for it again: with LoRA in
-    60,000 pages, a tenth of its time. A step needs what the one before it freed.
+    60,000 pages, a tenth of its time. A step needs what the one before it freed, as a weight that is quantised needs what the
+    one before it did.
     Larger tensors still come and go one by one: kept in the heap, the holes that they leave may not fit the next."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another libc, without mallopt

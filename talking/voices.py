@@ -15,6 +15,7 @@ import torch
 
 from data import DataError, Template, Tokenizer, load_template
 from generate import TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
+from helping.malloc import keep_freed_memory
 from lora import load_adapter
 from model import Llama, from_hf, load_model, read_config
 from quant import QUANTIZERS
@@ -58,6 +59,8 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
     if answering and config.dtype == "auto" and CPULinear.helps(device, torch.bfloat16) and outgrows_cache(read_config(base)):
         dtype = torch.bfloat16
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
+    if device.type == "cpu":
+        keep_freed_memory()  # one weight is cast or quantised in what the one before it freed
     model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
     if answering:
         order_for_cpu(model)  # the head, the norms
