@@ -139,8 +139,8 @@ def attention_over_documents(q, k, v, cu_seqlens: torch.Tensor, method: str) -> 
         # One fused kernel for all documents; T bounds their length without asking the GPU for the longest.
         from torch.nn.attention.varlen import varlen_attn
 
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        if (group := q.shape[1] // k.shape[1]) > 1:  # for a group of one it would be a copy
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, len(q), len(q), window_size=(-1, 0))  # causal
     return attention_one_by_one(q, k, v, cu_seqlens, method)
 
