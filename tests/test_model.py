@@ -12,11 +12,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -464,8 +466,18 @@ def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     plain = ModelConfig(64, 2, 4, 4, 96, 9, norm_eps=1e-6, rope_theta=10000.0, max_seq_len=2048)
     assert read_config(tmp_path) == plain
-    (tmp_path / "config.json").write_text(json.dumps(sizes | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_key_value_heads": None, "head_dim": None}))
+    assert read_config(tmp_path) == plain
+    rope = {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | rope))
     assert read_config(tmp_path) == replace(plain, rope_theta=5e5)
+
+
+@pytest.mark.parametrize("more", [{}, {"n_kv_heads": None, "ffn_dim_multiplier": None}])
+def test_what_a_params_json_leaves_out_is_what_metas_code_takes(more, tmp_path):
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": 9}
+    (tmp_path / "params.json").write_text(json.dumps(params | more))
+    assert read_config(tmp_path) == ModelConfig(64, 2, 4, 4, 256, 9, norm_eps=1e-5, rope_theta=10000.0, max_seq_len=4096)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -684,10 +696,11 @@ def test_hugging_face_names_and_back():
         assert torch.equal(x, y) == (".wq." not in ours)
 
 
-def as_bin(folder, sharded):
-    """Turn a folder that save_hf wrote into one of pytorch_model*.bin."""
+def as_bin(folder, sharded, zipped=True):
+    """Turn a folder that save_hf wrote into one of pytorch_model*.bin. Before PyTorch 1.6 they were no zip archives."""
     for file in folder.glob("*.safetensors"):
-        torch.save(load_file(file), folder / file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin"))
+        to = folder / file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        torch.save(load_file(file), to, _use_new_zipfile_serialization=zipped)
         file.unlink()
     if sharded:
         old = folder / "model.safetensors.index.json"
@@ -696,14 +709,14 @@ def as_bin(folder, sharded):
         old.unlink()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "index"])
 def test_every_hugging_face_format_loads(kind, sharded, tiny_llama, tmp_path):
     model = tiny_llama(rope_theta=1e6, norm_eps=1e-6, max_seq_len=512)
     save_hf(model, tmp_path, max_shard_bytes=30_000 if sharded else 10**9)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
-    if kind == "bin":
-        as_bin(tmp_path, sharded)
+    if kind != "safetensors":
+        as_bin(tmp_path, sharded, zipped=kind == "bin")
     loaded = load_model(tmp_path)
     assert same(model, loaded) and loaded.config == model.config
 
@@ -719,6 +732,33 @@ def test_of_a_folder_saved_into_twice_the_weights_are_those_transformers_takes(s
     assert len(list(tmp_path.iterdir())) > 2
     loaded = load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_shards_are_as_large_as_they_may_be_and_the_index_counts_them(tiny_llama, tmp_path):
+    model = tiny_llama()
+    save_hf(model, tmp_path, max_shard_bytes=30_000)
+    sizes = [sum(x.nbytes for x in load_file(file).values()) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert max(sizes) <= 30_000 and all(a + b > 30_000 for a, b in pairwise(sizes))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(p.nbytes for p in model.parameters())
+
+
+def test_save_hf_says_what_ends_a_text_and_whose_tensors_these_are(tiny_llama, tmp_path):
+    """Older transformers refuse a file that names no format."""
+    save_hf(tiny_llama(), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["bos_token_id"], fields["eos_token_id"], fields["tie_word_embeddings"]) == (1, 2, False)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_of_a_folder_in_both_formats_sizes_and_weights_are_metas(tiny_llama, tmp_path):
+    """Sizes of the one and weights of the other would load as well, with another rotation."""
+    model = tiny_llama()
+    save_hf(tiny_llama(seed=1, rope_theta=1e6), tmp_path)
+    save_meta(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert same(model, loaded) and loaded.config == model.config
 
 
 def test_a_tensor_in_two_files_is_refused(tiny_llama, tmp_path):
@@ -756,6 +796,7 @@ def test_round_trip_from_meta_through_hugging_face_is_exact(dtype, tiny_llama, t
     model = tiny_llama(rope_theta=1e6, norm_eps=1e-6, max_seq_len=512).to(dtype)
     save_meta(model, tmp_path / "a")
     save_hf(load_model(tmp_path / "a", dtype=dtype), tmp_path / "b")
+    assert {x.dtype for x in load_file(tmp_path / "b" / "model.safetensors").values()} == {dtype}
     save_meta(load_model(tmp_path / "b", dtype=dtype), tmp_path / "c")
     final = load_model(tmp_path / "c", dtype=dtype)
     assert same(model, final) and final.config == model.config
@@ -1058,6 +1099,10 @@ HF = {
     "file cut in its header": (lambda p: cut(p / "model.safetensors", 0.01), ["model.safetensors"]),
     "file empty": (lambda p: cut(p / "model.safetensors", 0), ["model.safetensors"]),
     "tensor missing": (edit_hf(lambda w: w.pop(Q_PROJ)), ["lacks", "layers.1.attention.wq.weight"]),
+    "a layer missing": (
+        edit_hf(lambda w: [w.pop(name) for name in list(w) if ".layers.1." in name]),
+        ["lacks layers.1.attention.wk.weight, layers.1.attention.wo.weight, layers.1.attention.wq.weight and 6 more"],
+    ),
     "tensor extra": (edit_hf(lambda w: w.update({Q_PROJ.replace("weight", "bias"): torch.ones(32)})), ["unknown", "wq.bias"]),
     "tensor of a wrong width": (edit_hf(lambda w: w.update({Q_PROJ: torch.ones(32, 24)})), ["wq.weight", "(32, 24)", "(32, 32)"]),
     "tensor of a wrong height": (
@@ -1095,7 +1140,7 @@ def test_index_naming_a_missing_file_is_refused(kind, tiny_llama, tmp_path):
     refused(tmp_path, gone.name)
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": []}', '{"weight_map"'])
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": []}', '{"weight_map": {"norm.weight": 1}}', '{"weight_map"'])
 def test_broken_index_is_refused(index, tiny_llama, tmp_path):
     save_hf(tiny_llama(), tmp_path, max_shard_bytes=30_000)
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -1121,7 +1166,7 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(zipped, tiny_llama, wri
     write_meta_shards(tiny_llama(), tmp_path, 1)
     payload, target = {"norm.weight": Trap(tmp_path / "ran")}, tmp_path / "consolidated.00.pth"
     torch.save(payload, target) if zipped else target.write_bytes(pickle.dumps(payload))
-    refused(tmp_path, "consolidated.00.pth", "code")
+    refused(tmp_path, "consolidated.00.pth", "it holds code, not only tensors, and was not run")
     assert not (tmp_path / "ran").exists()
     torch.load(target, weights_only=False) if zipped else pickle.loads(target.read_bytes())
     assert (tmp_path / "ran").exists()  # control: the trap works
