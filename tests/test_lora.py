@@ -362,6 +362,8 @@ def test_an_adapter_in_a_bin_is_read_as_one_in_safetensors(tiny_llama, tmp_path)
     """So PEFT wrote them in its first year."""
     saved = make_adapter(tiny_llama(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
+    torch.save({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_suffix(".bin"))
+    assert torch.equal(open_adapter(tiny_llama(), tmp_path)(TOKENS), saved(TOKENS))  # of both PEFT takes the newer kind too
     torch.save(load_file(file), file.with_suffix(".bin"))
     file.unlink()
     assert torch.equal(open_adapter(tiny_llama(), tmp_path)(TOKENS), saved(TOKENS))
@@ -475,6 +477,14 @@ def test_every_variant_of_peft_gives_its_logits_or_is_refused(variant, tiny_llam
     close(open_adapter(ours, tmp_path / "adapter")(TOKENS), theirs(TOKENS[None]).logits[0])
 
 
+def test_what_an_adapter_of_old_leaves_out_is_what_peft_did_then(tiny_llama, tmp_path):
+    saved = make_adapter(tiny_llama(), tmp_path, dropout=0.0)
+    drop_field("use_rslora")(tmp_path)
+    drop_field("lora_dropout")(tmp_path)
+    loaded = open_adapter(tiny_llama(), tmp_path).train()
+    assert torch.equal(loaded(TOKENS), saved(TOKENS))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is broken is refused, by name
 
@@ -534,16 +544,21 @@ BROKEN = {  # what is done to the folder: the words that the error must hold
     "ranks by layer": (edit_config(rank_pattern={"q_proj": 2}), ["rank_pattern"]),
     "alphas by layer": (edit_config(alpha_pattern={"q_proj": 2}), ["alpha_pattern"]),
     "weights of the base taken into A and B": (edit_config(init_lora_weights="pissa_niter_4"), ["init_lora_weights", "pissa"]),
-    "the same, by another method": (edit_config(init_lora_weights="olora"), ["init_lora_weights", "olora"]),
+    **{
+        f"the same, by {method}": (edit_config(init_lora_weights=method), ["init_lora_weights", method])
+        for method in ("olora", "corda", "LoftQ", "lora_ga")
+    },
     "layers in another order": (edit_config(layer_replication=[[0, 1], [0, 1]]), ["layer_replication"]),
     "active behind some tokens only": (edit_config(alora_invocation_tokens=[21]), ["alora_invocation_tokens"]),
     "a rank in words": (edit_config(r="8"), ["adapter_config.json", "r = '8'"]),
+    "a rank of nothing": (edit_config(r=0), ["adapter_config.json", "r = 0"]),
+    "more than all dropped": (edit_config(lora_dropout=5), ["adapter_config.json", "lora_dropout = 5"]),
     "no share dropped": (edit_config(lora_dropout=None), ["adapter_config.json", "lora_dropout = None"]),
     "an infinite scale": (edit_config(lora_alpha=math.inf), ["adapter_config.json", "lora_alpha = inf"]),
     "NaN": (edit_tensors(lambda t: t[f"{Q}lora_B.weight"].fill_(math.nan)), ["q_proj.lora_B", "finite"]),
     "codes": (edit_tensors(lambda t: t.update({f"{Q}lora_B.weight": torch.ones(32, 4).char()})), ["q_proj.lora_B", "int8"]),
     "a head of another base": (
-        edit_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(96, 32)})),
+        edit_tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.zeros(96, 32)})),
         ["output.base_layer", "another base model"],
     ),
     "an embedding of another size": (
