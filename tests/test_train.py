@@ -13,6 +13,9 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -415,6 +418,8 @@ def test_where_no_held_out_loss_was_a_number_the_last_weights_are_kept(base, mon
     assert all(torch.equal(weight, last[name]) for name, weight in model.named_parameters() if name in last)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (base / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["eval_held_loss"] for row in rows if "eval_held_loss" in row] == [None] * 4
+    taken_back(base / "run", 4)  # no best weights are there, and none are missed
+    assert losses(train(complete({"resume": True, "output_dir": str(base / "run")}))) == losses(rows)
 
 
 def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
@@ -430,13 +435,48 @@ def test_questions_asked_together_get_the_replies_that_each_gets_alone(base):
         data, model = read_data(config, lambda _: None), load_model(base / "base")
         exam = Exam(config, data, model, Workers(torch.device("cpu")))
         sizes = [len(group) for group in exam.groups(exam.asked)]
-        assert sizes == [1] * 9 if row == 64 else sum(sizes) == 45 and max(sizes) > 4
+        assert sizes == [1] * 9 if row == 64 else sum(sizes) == 45 and 4 < max(sizes) <= 32
         replies = exam.ask()
         for dialog, reply in zip(exam.asked, replies, strict=True):
             limit = len(data.tokenizer.encode(dialog[-1]["content"])) + 8 if exact else 128
             alone = answer(model, data.tokenizer, data.template, dialog[:-1], Sampling(max_new_tokens=limit))
             assert reply == alone.strip()
         assert len(set(replies)) > 5
+
+
+def exam_of(base, **more) -> Exam:
+    config = complete(flags(base, **more))
+    return Exam(config, read_data(config, lambda _: None), load_model(base / "base"), Workers(torch.device("cpu")))
+
+
+def test_a_question_is_asked_where_the_window_has_room_for_its_reply(base):
+    exam = exam_of(base, eval_data=[str(base / "held.jsonl")])
+    dialog, sizes = exam.asked[0], exam.model.config
+    for room, fits in ((128, True), (127, False)):
+        exam.model = SimpleNamespace(config=replace(sizes, max_seq_len=len(exam.prompt(dialog)) + room))
+        assert exam.fits(dialog) == fits
+    exam.model = SimpleNamespace(config=sizes)
+    assert not exam.fits(dialog[:-1])  # which ends on a question
+
+
+def test_the_ranks_share_out_the_questions(base):
+    exam = exam_of(base, eval_data=[str(base / "held.jsonl")], exact_match=True)
+    whole, shares = exam.ask(), []
+    for rank in (0, 1):
+        exam.workers = SimpleNamespace(rank=rank, world=2, gather=lambda replies: replies)
+        shares.append(exam.ask())
+    assert shares == [whole[::2], whole[1::2]] and len(whole) == 6
+
+
+def test_right_replies_are_counted_file_by_file_before_and_after(base):
+    (base / "other.jsonl").write_text('{"prompt": "Who?", "response": " Mira "}\n{"prompt": "When?", "response": "nine"}\n')
+    exam = exam_of(base, eval_data=[str(base / "held.jsonl"), str(base / "other.jsonl")], exact_match=True)
+    right = [dialog[-1]["content"].strip() for dialog in exam.asked]
+    rows = list(exam.report(base, [*right[:3], *["no"] * 5], [*right[:7], "no"]))
+    assert rows == [
+        {"eval_data": "held", "exact_match_before": 0.5, "exact_match_after": 1.0},
+        {"eval_data": "other", "exact_match_before": 0.0, "exact_match_after": 0.5},
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,6 +619,33 @@ def test_a_kill_between_the_two_renames_of_a_save_loses_nothing(tmp_path):
     with pytest.raises(RunError, match="No space left"), checkpoint_script.written_whole(folder, alone):
         raise OSError("No space left")
     assert (folder / "state.json").read_text() == "first" and not harmed.exists()
+
+
+def test_a_save_gets_its_name_when_its_files_are_on_the_disk_and_then_that_is_too(tmp_path, monkeypatch):
+    """Without it, a machine that loses power soon after may have the name, and files of zeros."""
+    flushed, folder = [], tmp_path / "best"
+    monkeypatch.setattr(checkpoint_script, "flush_to_disk", lambda path: flushed.append((path.name, folder.exists())))
+    with checkpoint_script.written_whole(folder, Workers(torch.device("cpu"))) as temporary:
+        for name in ("a", "b"):
+            (temporary / name).touch()
+    assert sorted(flushed[:2]) == [("a", False), ("b", False)] and flushed[2:] == [(tmp_path.name, True)]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    checkpoint_script.write_text(tmp_path / "run.json", "first")
+    with pytest.raises(UnicodeEncodeError):
+        checkpoint_script.write_text(tmp_path / "run.json", "\ud800")
+    assert (tmp_path / "run.json").read_text() == "first"
+
+
+def test_what_befell_a_save_is_told_at_the_end_unless_the_run_ends_for_a_reason_of_its_own(base):
+    for own, told in ((None, RunError), (ZeroDivisionError(), ZeroDivisionError)):
+        saver = checkpoint_script.Saver(complete(flags(base)), None, None, None, Workers(torch.device("cpu")))
+        saver.writing = Future()
+        saver.writing.set_exception(RunError("no room"))
+        with pytest.raises(told), saver:
+            if own:
+                raise own
 
 
 def test_the_checkpoint_before_the_first_step_resumes_too(base):
@@ -941,6 +1008,13 @@ def test_a_run_goes_on_in_the_number_format_it_began_in_on_any_device(base):
     assert complete({"resume": True, "output_dir": str(base / "run")}).dtype == "fp16"
 
 
+def test_a_run_in_fp16_goes_on_with_the_scale_of_its_loss(base):
+    run(base, dtype="fp16", samples=0, save_total_limit=0)
+    before, whole = (saved(base / "run" / f"checkpoint-{step}")["scaler"] for step in (4, 6))
+    train(complete({"resume": True, "output_dir": str(taken_back(base / "run", 4))}))
+    assert saved(base / "run" / "checkpoint-6")["scaler"] == whole != before
+
+
 def test_a_run_is_not_resumed_on_other_records(base):
     """Another record anywhere gives every document another place: some would be learnt twice and others never. Others of the
     same lengths were once taken for the same, and held-out ones were not looked at: the log then compared what cannot be."""
@@ -1018,6 +1092,11 @@ def test_a_model_that_is_no_runs_is_never_written_over(base, tiny_llama):
         with pytest.raises(RunError, match="is not empty and holds no run"):
             run(base, "other", overwrite=overwrite, method="full")
     assert (base / "base" / "consolidated.00.pth").read_bytes() == held
+    run(base, method="full", max_steps=1, samples=0)
+    held = (base / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="is the folder of --model"):  # a run's own model, by another path
+        run(base, "base/../run", model=str(base / "run"), overwrite=True)
+    assert (base / "run" / "model.safetensors").read_bytes() == held
 
 
 def test_files_of_others_in_the_output_folder_are_left_alone(base):
@@ -1050,9 +1129,15 @@ def test_real_weights_need_data_of_their_own(base):
 
 def test_what_a_replaced_run_had_saved_does_not_stay_beside_the_new(base):
     run(base, method="full")
-    run(base, method="lora", overwrite=True)
+    for folder in ("best", "checkpoint-98", "checkpoint-99.tmp"):
+        (base / "run" / folder).mkdir()
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    for file in (*shards, "special_tokens_map.json", "tokenizer.json", "samples.md"):
+        (base / "run" / file).write_text("")
+    run(base, method="lora", samples=0, overwrite=True)
+    run(base, "fresh", method="lora", samples=0)
     names = {path.name for path in (base / "run").iterdir()}
-    assert "adapter_config.json" in names and not names & {"config.json", "model.safetensors"}
+    assert "adapter_config.json" in names and names == {path.name for path in (base / "fresh").iterdir()}
 
 
 RESTS_AT_STEP_3 = """
@@ -1099,6 +1184,13 @@ def test_weights_that_are_cut_short_are_refused_before_the_data_is_read(base):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=r"consolidated.00.pth"):
         run(base)
+
+
+def test_rows_may_be_as_long_as_the_models_window_and_no_longer(base):
+    sizes = read_config(base / "base")
+    for more, refused in ((0, nullcontext()), (1, pytest.raises(RunError, match="is more than the 4096 tokens"))):
+        with refused:
+            folder_script.check_start(complete(flags(base, model_max_length=4096 + more)), sizes, 1)
 
 
 def test_a_tokenizer_of_far_fewer_tokens_than_the_model_knows_is_questioned(base, tiny_llama, capsys):
@@ -1409,6 +1501,13 @@ def test_progress_in_a_file_is_plain_lines(base):
     assert result.returncode == 0, result.stderr
     assert "\r" not in result.stdout and "\033" not in result.stdout
     assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("step ")] == ["3/6", "6/6"]
+
+
+def test_the_log_has_the_last_step_and_the_speed_since_the_row_before(tmp_path):
+    log = folder_script.Log(SimpleNamespace(output_dir=tmp_path, logging_steps=2), [], 3, Workers(torch.device("cpu")))
+    for step, seconds in ((1, 1.0), (2, 1.0), (3, 4.0)):
+        log.step(step, 100, seconds, loss=1.0)
+    assert [(row["step"], row["tokens_per_second"]) for row in log.rows] == [(2, 100.0), (3, 25.0)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
