@@ -772,18 +772,17 @@ def test_a_merged_qlora_model_is_the_dequantised_sum_in_bf16(base):
 def test_merge_writes_a_whole_model_that_answers_as_the_adapter_did(base, settings, monkeypatch, capsys):
     more = {"model": str(base / "base"), "data": [str(base / "data.jsonl")], "max_steps": 4, "learning_rate": 1e-2}
     train(complete(more | {"output_dir": str(base / "run"), "device": "cpu", "model_max_length": 64} | settings))
-    monkeypatch.setattr(
-        sys, "argv", ["generate.py", "--adapter", str(base / "run"), "--merge", str(base / "merged"), "--device", "cpu"]
-    )
+    out = base / "new" / "merged"
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--adapter", str(base / "run"), "--merge", str(out), "--device", "cpu"])
     generate_script.main()
     changed = float(capsys.readouterr().out.split()[-1])
     adapted, _, _ = load(GenerateConfig(adapter=(str(base / "run"),), device="cpu"))
-    merged, tokenizer, _ = load(GenerateConfig(model=str(base / "merged"), device="cpu"))
+    merged, tokenizer, _ = load(GenerateConfig(model=str(out), device="cpu"))
     tokens = torch.arange(3, 60)
     exact = settings["method"] == "lora"
     assert (merged(tokens) - adapted(tokens)).abs().max() < (1e-4 if exact else 0.5)
     assert changed < (1e-4 if exact else 0.5)
-    stored = json.loads((base / "merged" / "config.json").read_text())["torch_dtype"]
+    stored = json.loads((out / "config.json").read_text())["torch_dtype"]
     assert stored == ("float32" if exact else "bfloat16") and tokenizer.vocab_size == 340
     with pytest.raises(SystemExit):  # what exists is not written over
         generate_script.main()
