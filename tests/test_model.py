@@ -474,7 +474,7 @@ def test_what_a_config_json_leaves_out_is_what_transformers_takes(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"n_kv_heads": None, "ffn_dim_multiplier": None}])
-def test_what_a_params_json_leaves_out_is_what_metas_code_takes(more, tmp_path):
+def test_what_a_params_json_leaves_out_is_llama_2s(more, tmp_path):
     params = {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": 9}
     (tmp_path / "params.json").write_text(json.dumps(params | more))
     assert read_config(tmp_path) == ModelConfig(64, 2, 4, 4, 256, 9, norm_eps=1e-5, rope_theta=10000.0, max_seq_len=4096)
