@@ -412,6 +412,8 @@ def main():
     except (ValueError, OSError) as error:
         print(f"memory.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ def readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def is_picture(path: str) -> bool:
+    """Whether a figure can be saved under this name, as far as the name says."""
+    return Path(path).suffix in (".png", ".pdf", ".svg") and Path(path).parent.is_dir() and not Path(path).is_dir()
+
+
 def flush_to_disk(path: Path) -> None:
     """Return when a file, or a folder's list of names, would survive the machine losing power."""
     handle = os.open(path, os.O_RDONLY)

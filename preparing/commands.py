@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data import Tokenizer
+from helping.files import is_picture
 from helping.flags import REPOSITORY, parse_flags, with_tuples
 from preparing.readers import DataError
 from preparing.records import parse_input
@@ -27,7 +28,7 @@ class DataConfig:
     # show
     n: int = 3  # records shown
     # stats
-    plot: str | None = None  # a PNG of the lengths (needs matplotlib)
+    plot: str | None = None  # draw the lengths here, over what is there (needs matplotlib)
     # prepare
     out: str | None = None  # the JSONL file to write; with --split also FILE.validation.jsonl
     stages: tuple[str, ...] = STAGES  # those that are on; select, split and against also need their own flag
@@ -46,6 +47,8 @@ class DataConfig:
         for name, least, most in (*counts, ("split", 0, 0.99), ("near", 0.3, 1)):
             if not least <= getattr(self, name) <= most:
                 raise DataError(f"--{name} must be from {least} to {most}, not {getattr(self, name)}")
+        if self.plot is not None and not is_picture(self.plot):
+            raise DataError(f"--plot {self.plot}: name a .png, .pdf or .svg in a folder that is there")
         if unknown := {*self.stages} - {*STAGES}:
             raise DataError(f"unknown stage {', '.join(sorted(unknown))}: known are {', '.join(STAGES)}")
 

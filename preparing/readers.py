@@ -46,7 +46,7 @@ def reader_of(path: Path):
         home, file = DATASETS[path.name.lower()]
         pass_on = _PASS.get(path.name.lower(), "")
         raise DataError(f"{path.name} is not here: download {file} from {_HUB}{home} and pass its path: --data FILE{pass_on}")
-    ending = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    ending = (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix).lower()
     if ending not in readers or path.suffixes[-2:] == [".parquet", ".gz"]:
         found = path.suffix or "(no ending)"
         raise DataError(f"{path}: unknown kind of file {found!r}: known are {', '.join(readers)}, and .gz of the text ones")

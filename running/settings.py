@@ -32,7 +32,9 @@ def check(config) -> None:
             if not ok(getattr(config, name)):
                 raise RunError(f"--{name} must be {need}, not {getattr(config, name)}")
     c, full, in_backward = config, config.method == "full", config.optimizer_in_backward
+    tokens = c.per_device_train_batch_size * c.model_max_length
     for wrong, sentence in (
+        (tokens > 2**27, f"a row of {tokens:,} tokens is more than any machine holds: --per_device_train_batch_size"),
         (
             c.pure_bf16 and (not full or c.optim != "adamw_8bit" or c.dtype not in ("auto", "bf16")),
             "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "
@@ -44,7 +46,7 @@ def check(config) -> None:
         (
             in_backward and (c.gradient_accumulation_steps > 1 or c.max_grad_norm or c.dtype == "fp16"),
             "--optimizer_in_backward never has the whole gradient: it needs --max_grad_norm 0, "
-            "--gradient_accumulation_steps 1 and no fp16",
+            "--gradient_accumulation_steps 1 and --dtype bf16 or fp32",
         ),
         (c.method == "qlora" and c.quantize != "nf4", f"--method qlora is lora with --quantize nf4, not {c.quantize}"),
         (
@@ -87,6 +89,9 @@ def completed(given: dict, defaults, restarted: bool = False) -> dict:
 
     Paths become absolute, so that run.json means the same wherever it is read."""
     given = with_tuples(given)
+    for name in ("model", "tokenizer", "output_dir"):
+        if given.get(name) == "":  # as of a shell's variable that is not set
+            raise RunError(f"--{name} is empty: name a path")
     for name in {"model", "tokenizer"} & given.keys():
         given[name] = os.path.abspath(given[name])
     if (given.get("template") or "").endswith(".json"):

@@ -12,6 +12,7 @@ import torch
 
 import memory
 import train
+from helping.files import is_picture
 from helping.flags import parse_flags, with_tuples
 from memory import Timeline, measure, predict
 from model import PRESETS, read_config
@@ -30,7 +31,7 @@ def own_flags() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", help=f"{' '.join(GPUS)}, or a size such as 80GB")
     parser.add_argument("--nproc", type=int, default=1, help="processes of torchrun, one a GPU")
     parser.add_argument("--json", action="store_true", help="one object, in bytes")
-    parser.add_argument("--plot", metavar="out.png", help="draw the timeline (matplotlib)")
+    parser.add_argument("--plot", metavar="out.png", help="draw the timeline here, over what is there (matplotlib)")
     parser.add_argument("--solve", choices=["batch", "length", "gpus"], help="the largest, or the fewest, that fit --gpu")
     parser.add_argument("--measure", action="store_true", help="run it on this machine's GPU as well, with random weights")
     parser.add_argument("--reproduce", action="store_true", help="the starting document's table, and how it comes down")
@@ -44,6 +45,8 @@ def answer(words: list[str]) -> None:
     if {"-h", "--help"} & set(rest):
         print(memory.__doc__, parser.format_help(), sep="\n")
     if mine.reproduce:
+        if len(words) > 1:
+            raise ValueError("--reproduce is of a 7B at 2,048 tokens and takes no other flags")
         return reproduce()
     about = "What a training run will need: train.py's flags, and those above. But here --model is 7b if not given, and may be\n"
     about += f"{', '.join(PRESETS)} or a folder; without --method the answer is for all three."
@@ -51,7 +54,7 @@ def answer(words: list[str]) -> None:
     name = given.get("model", "7b")
     if name not in PRESETS and not Path(name).exists():
         raise ValueError(f"unknown model {name!r}: known are {', '.join(PRESETS)}, or a folder with weights")
-    sizes, gpu, nproc = PRESETS.get(name) or read_config(name), find_gpu(mine.gpu) if mine.gpu else None, mine.nproc
+    sizes, gpu, nproc = PRESETS.get(name) or read_config(name), None if mine.gpu is None else find_gpu(mine.gpu), mine.nproc
     on = None if given.get("device") == "cpu" else gpu or GENERIC
     length, window = given.get("model_max_length", train.TrainConfig.model_max_length), sizes.max_seq_len
     too_long = f"--model_max_length {length} is more than the {window} tokens the model was trained to read; for as many a row: "
@@ -66,8 +69,9 @@ def answer(words: list[str]) -> None:
         (mine.solve and (mine.json or mine.plot), "--solve answers in a line, without --json and --plot"),
         (mine.solve == "gpus" and given.get("hsdp"), "--solve gpus cuts a copy over all GPUs: leave out --hsdp"),
         (is_grid and mine.plot, "--plot draws one run: --method says which"),
-        (nproc < 1, f"--nproc must be at least 1, not {nproc}"),
+        (not 1 <= nproc <= 2048, f"--nproc must be from 1 to 2048, not {nproc}"),
         (on and on.dtype == "fp16" and wants_bf16, f"{mine.gpu} has no bf16: --dtype fp16, its default here, or another GPU"),
+        (mine.plot and not is_picture(mine.plot), f"--plot {mine.plot}: name a .png, .pdf or .svg in a folder that is there"),
         (mine.plot and not find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib"),
         (mine.measure and not torch.cuda.is_available(), "--measure: this machine has no CUDA device that PyTorch can use"),
         (length > window, too_long),

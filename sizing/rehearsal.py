@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 
@@ -25,7 +26,7 @@ ROWS = 3  # that are accumulated for more: a first, one of those between, a last
 @dataclass
 class Rehearsal:
     """A run for memory.py to watch: the same build, step and evaluation, on random weights and rows that cost the most,
-    one document each with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
+    with every position supervised. The rows exist before it watches; the rest is made by `build()`."""
 
     config: train.TrainConfig
     sizes: ModelConfig
@@ -34,13 +35,14 @@ class Rehearsal:
     supervised: int | None = None  # positions with a label, if that is known
     processes: int = 1
     documents: int = 1  # in the row, where flash attention takes them together: its backward has room for each
+    borders: Sequence[int] = ()  # of the documents, where they are attended to one by one; if not given, the row is one
 
     def __post_init__(self):
         tokens = self.config.per_device_train_batch_size * self.config.model_max_length
         row, sdpa = torch.zeros(tokens, dtype=torch.int64), self.config.attention == "sdpa"
         self.flash = self.for_gpu and sdpa and train.computed_in(self.config, self.device) != torch.float32
-        borders = torch.tensor([*range(self.documents if self.flash else 1), tokens], dtype=torch.int32)
-        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": borders}
+        borders = [*range(self.documents), tokens] if self.flash else self.borders or [0, tokens]
+        self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor(borders, dtype=torch.int32)}
 
     def connect(self):
         check_processes(self.config, self.processes)
@@ -96,15 +98,19 @@ class Memory:
         self.config, self.sizes, self.workers = dataclasses.replace(config, dtype=dtype, compile=False), sizes, workers
         self.gpu = GPU.here(device) if device.type == "cuda" else None
         self.counted, self.line = Tracker(), None
-        self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in data.batches.rows))
-        self.documents = 1 + max(map(len, data.batches.rows))  # the unused tail is one
+        rows, sizes, tokens = data.batches.rows, data.batches.sizes, data.batches.row_tokens
+        self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in rows))
+        self.documents = 1 + max(map(len, rows))  # the unused tail is one
+        borders = ([0, *accumulate(int(sizes[i]) for i in row)] for row in rows)
+        borders = (ends if ends[-1] == tokens else [*ends, tokens] for ends in borders)
+        self.borders = max(borders, key=lambda ends: sum((end - start) ** 2 for start, end in pairwise(ends)))
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
         # A group of --hsdp holds what so many processes alone would hold: copies of it are summed where their gradients are.
         config, processes = dataclasses.replace(self.config, hsdp=0), self.config.hsdp or self.workers.world
         cpu = torch.device("cpu")
-        run = Rehearsal(config, self.sizes, cpu, self.gpu is not None, self.supervised, processes, self.documents)
+        run = Rehearsal(config, self.sizes, cpu, self.gpu is not None, self.supervised, processes, self.documents, self.borders)
         try:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations

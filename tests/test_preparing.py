@@ -420,6 +420,7 @@ def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
     assert "needs --out FILE.jsonl" in refused(run, capsys, "prepare", "a.jsonl")
     assert "in a folder that exists" in refused(run, capsys, "prepare", "a.jsonl", out="no/b.jsonl")
     assert "unknown stage wash: known are clean" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", stages="wash")
+    assert "--plot a.xyz: name a .png" in refused(run, capsys, "stats", "a.jsonl", plot="a.xyz")
     assert "--near must be from 0.3 to 1, not 2.0" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", near=2)
     assert "--seed must be from 0 to 2147483648, not -1" in refused(run, capsys, "stats", "a.jsonl", seed=-1)
     assert "--select must be from 0 to 2147483648, not -1" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", select=-1)

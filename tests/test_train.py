@@ -963,6 +963,8 @@ def test_the_optimizer_in_backward_of_shards_gives_the_run_of_one(base):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        ({"output_dir": ""}, "--output_dir is empty"),
+        ({"per_device_train_batch_size": 2**25}, "a row of 2,147,483,648 tokens is more than any machine holds"),
         ({"cpu_offload": True}, "--cpu_offload is a part of --fsdp True"),
         ({"hsdp": 2}, "--hsdp is a part of --fsdp True"),
         ({"hsdp": 1, "fsdp": True}, "--hsdp 1 gives every process a whole copy, which is a run without --fsdp"),
@@ -1539,6 +1541,14 @@ def test_a_run_says_what_it_will_need_and_how_far_off_that_was(base, capsys):
     assert len(said) == 2 and "predicted at the peak" in said[0] and "counted in the first two steps" in said[1]
     error = float(said[1].rsplit(", ", 1)[1].split("%")[0])
     assert 0 <= error <= 10  # predicted for the row with the most labels, which the first two steps need not meet
+
+
+@pytest.mark.parametrize("settings", [{"attention": "textbook"}, {"dtype": "bf16"}], ids=["all scores", "in blocks"])
+def test_what_a_run_will_need_is_of_its_documents_not_of_one_as_long_as_a_row(settings, base, capsys):
+    """The scores of attention are a square of each document. As one of a whole row they were 129 % too many."""
+    run(base, max_steps=2, samples=0, method="full", model_max_length=512, **settings)
+    error = float(capsys.readouterr().out.rsplit("predicted, ", 1)[1].split("%")[0])
+    assert 0 <= error <= 10
 
 
 def test_running_out_of_memory_is_explained(base, monkeypatch):
