@@ -34,7 +34,7 @@ def check(config) -> None:
     c, full, in_backward = config, config.method == "full", config.optimizer_in_backward
     tokens = c.per_device_train_batch_size * c.model_max_length
     for wrong, sentence in (
-        (tokens > 2**27, f"a row of {tokens:,} tokens is more than any machine holds: --per_device_train_batch_size"),
+        (tokens > 2**27, f"a row of {tokens:,} tokens is more than any machine holds: lower --per_device_train_batch_size"),
         (
             c.pure_bf16 and (not full or c.optim != "adamw_8bit" or c.dtype not in ("auto", "bf16")),
             "--pure_bf16 is for --method full --optim adamw_8bit: plain rounding to bf16 loses small updates, and fp16 "

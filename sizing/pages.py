@@ -44,7 +44,7 @@ def answer(words: list[str]) -> None:
     mine, rest = parser.parse_known_args(words)
     if {"-h", "--help"} & set(rest):
         print(memory.__doc__, parser.format_help(), sep="\n")
-    if mine.reproduce:
+    elif mine.reproduce:
         if len(words) > 1:
             raise ValueError("--reproduce is of a 7B at 2,048 tokens and takes no other flags")
         return reproduce()

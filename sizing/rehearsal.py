@@ -101,8 +101,7 @@ class Memory:
         rows, sizes, tokens = data.batches.rows, data.batches.sizes, data.batches.row_tokens
         self.supervised = int(max(sum(data.batches.supervised[i] for i in row) for row in rows))
         self.documents = 1 + max(map(len, rows))  # the unused tail is one
-        borders = ([0, *accumulate(int(sizes[i]) for i in row)] for row in rows)
-        borders = (ends if ends[-1] == tokens else [*ends, tokens] for ends in borders)
+        borders = (sorted({0, *accumulate(int(sizes[i]) for i in row), tokens}) for row in rows)
         self.borders = max(borders, key=lambda ends: sum((end - start) ** 2 for start, end in pairwise(ends)))
 
     def predict(self) -> str:
