@@ -1,11 +1,13 @@
 """The cache: tokens of large data in a file that is mapped, not read, written once for all runs and processes that ask for it."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
+import time
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -18,6 +20,8 @@ from helping.flags import REPOSITORY
 from preparing.readers import DataError, reader_of
 
 CACHE_FROM = 2**25  # bytes of data; tokenising less takes seconds, and its tokens fit in memory many times over
+
+KEPT_FOR = 90 * 24 * 3600  # seconds after which tokens that no run asked for are forgotten: no run is as long
 
 # What decides, beside files and settings, which tokens come out: where it is changed, nothing kept from before is right.
 PROGRAMS = REPOSITORY / "data.py", REPOSITORY / "running" / "reading.py", *sorted((REPOSITORY / "preparing").glob("*.py"))
@@ -85,6 +89,8 @@ def once(folder: Path, write) -> None:
     It is written beside and renamed into place, so that a folder of this name is whole; if the writer dies or fails, the next
     one begins anew."""
     if folder.is_dir():  # for good: where it lies need not be writable any more
+        with contextlib.suppress(OSError):
+            os.utime(folder)
         return
     temporary = folder.with_name(f"{folder.name}.tmp")
     try:
@@ -96,6 +102,7 @@ def once(folder: Path, write) -> None:
                 temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             if folder.is_dir():
                 return
+            _forget_unused(folder.parent)
             shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
             temporary.mkdir()
             try:
@@ -109,3 +116,10 @@ def once(folder: Path, write) -> None:
         if not folder.is_dir():
             reason = error.strerror or error
             raise DataError(f"{folder.parent} cannot keep the tokens: {reason}; XDG_CACHE_HOME names another place") from None
+
+
+def _forget_unused(home: Path) -> None:
+    for path in home.iterdir():
+        with contextlib.suppress(OSError):  # of another user, or gone meanwhile
+            if path.stat().st_mtime < time.time() - KEPT_FOR:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -92,12 +92,15 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
         raise DataError(f"no adapter in {folder}: adapter_config.json is missing")
     if not adapter and adapted:
         raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
+    stands_on = run.get("base_model") or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if base is None and adapter:
-        base = run.get("base_model") or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = stands_on
         if not isinstance(base, str) or not base:
             raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
         if not Path(base).is_dir():
             raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
+    elif adapter and isinstance(stands_on, str) and Path(stands_on).name != Path(base).resolve().name:  # of the same sizes, say
+        print(f"the adapter in {folder} was trained on {stands_on}: is {base} the same model?", file=sys.stderr)
     base = Path(base or TINY)
     read_config(base)  # says so if there is no model
     if run and not (config.template or (run.get("template") and isinstance(run["template"], str))):

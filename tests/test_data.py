@@ -1112,6 +1112,29 @@ def test_a_bad_record_leaves_no_half_written_token_file(tokenizer, write, tmp_pa
     assert os.listdir(tmp_path / "cache") == ["key.lock"]
 
 
+def test_tokens_that_no_run_asked_for_in_90_days_are_forgotten(tokenizer, tmp_path):
+    def ask(name):
+        return encode_documents([[ASK, REPLY]], tokenizer, TEMPLATES["llama2"], max_length=70, cache=tmp_path / name)[0]
+
+    def age(days):
+        for path in tmp_path.iterdir():
+            os.utime(path, (then := time.time() - days * 86400, then))
+
+    for name in ("unused", "used"):
+        ask(name)
+    held = ask("unused")
+    age(91)
+    ask("used")  # which is asked for once more
+    (tmp_path / "killed.tmp").mkdir()
+    age_of_used = (tmp_path / "used").stat().st_mtime
+    ask("new")
+    assert sorted(os.listdir(tmp_path)) == ["killed.tmp", "new", "new.lock", "used"] and time.time() - age_of_used < 60
+    assert held[0][0].tolist() == ask("new")[0][0].tolist()  # who still reads them is not disturbed
+    age(89)
+    ask("newer")
+    assert {"killed.tmp", "new", "used"} <= set(os.listdir(tmp_path))
+
+
 def process(work) -> int:
     """The number of a new process that does the work and ends."""
     if not (pid := os.fork()):

@@ -1,6 +1,7 @@
 """Generation: the tokens are the right ones, the text is whole characters and ends where it should, a run's settings hold."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -718,6 +719,16 @@ def test_a_base_that_moved_is_named_and_model_says_where_it_is(base, adapter):
     with pytest.raises(DataError, match=r"run was trained on .*base, which is not here: name its place with --model"):
         load(config(adapter=adapter))
     assert load(config(adapter=adapter, model=base.with_name("moved")))[2] == TEMPLATES["alpaca"]
+
+
+def test_a_base_of_another_name_is_asked_about_and_one_that_only_moved_is_not(base, adapter, tmp_path, capsys):
+    """Llama 2 and its chat version have the same sizes: nothing else tells them apart."""
+    shutil.copytree(base, moved := tmp_path / "elsewhere" / base.name)
+    shutil.copytree(base, other := tmp_path / "chat")
+    load(config(adapter=adapter, model=moved))
+    assert capsys.readouterr().err == ""
+    load(config(adapter=adapter, model=other))
+    assert capsys.readouterr().err == f"the adapter in {adapter} was trained on {base}: is {other} the same model?\n"
 
 
 def test_an_adapter_that_names_no_base_is_refused(adapter):
