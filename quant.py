@@ -337,10 +337,14 @@ class Int8Linear(FrozenLinear):
         self.scale = nn.Parameter(scale.view(torch.uint8), requires_grad=False)  # fp32 as bytes, as in NF4Linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() > 16 * self.in_features or self.in_features % 32:
-            return super().forward(x)  # of rows that are not whole vectors PyTorch's product reads past the end
-        scale = self.scale.data.view(torch.float32).flatten().to(x.dtype)  # decoding: a token or a few; W never in 16 bits
-        return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight.data, scale).view(*x.shape[:-1], -1)
+        few = x.numel() <= 16 * self.in_features
+        if torch.is_grad_enabled() or x.device.type != "cpu" or (self.in_features % 32 if few else x.dtype == torch.float16):
+            return super().forward(x)  # PyTorch's product reads past the end of rows that are not whole vectors; fp16 runs over
+        weight, scale = self.weight.data, self.scale.data.view(torch.float32).flatten()
+        if few:  # decoding: each weight is read once, in 8 bits
+            return torch._weight_int8pack_mm(x.flatten(0, -2), weight, scale.to(x.dtype)).view(*x.shape[:-1], -1)
+        parts = weight.split(max(1, 2**21 // self.in_features))  # a prompt: some rows at a time are cast, and stay in the cache
+        return (torch.cat([F.linear(x, q.to(x.dtype)) for q in parts], dim=-1) * scale).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         # Multiplied in fp32 and rounded once, straight into its place: no fp32 weight is made first. On a CPU some rows at a

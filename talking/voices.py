@@ -33,6 +33,12 @@ def _read_json(path: Path) -> dict:
     return fields
 
 
+def _trained_on(folder: Path):
+    """The base that an adapter's own files name, as a path or as a name on Hugging Face's hub."""
+    base = _read_json(folder / "run.json").get("base_model")
+    return base or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+
+
 class Voice(NamedTuple):
     """Who answers: a model, and what it takes to ask it as it was trained."""
 
@@ -70,6 +76,9 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
         twin = copy.deepcopy(model, dict(shared))  # modules of its own, the same weights in them
         load_adapter(twin, adapter, partial(from_hf, config=model.config)).eval()
         voices.append(Voice(adapter, twin, tokenizer, template))
+        named = _trained_on(Path(adapter))
+        if isinstance(named, str) and Path(named).name not in (base.name, base.resolve().name):  # of the same sizes, by chance
+            print(f"the adapter in {adapter} was trained on {named}: is {base} the same model?", file=sys.stderr)
     for voice in voices:
         if config.compile:
             compile_decoding(voice.model)
@@ -92,15 +101,12 @@ def _find(config: GenerateConfig, adapter: Path | None) -> tuple[Path, str, Toke
         raise DataError(f"no adapter in {folder}: adapter_config.json is missing")
     if not adapter and adapted:
         raise DataError(f"{folder} holds an adapter, not a whole model: pass it as --adapter")
-    stands_on = run.get("base_model") or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if base is None and adapter:
-        base = stands_on
+        base = _trained_on(folder)
         if not isinstance(base, str) or not base:
             raise DataError(f"the adapter in {folder} does not say which model it is for: name that with --model")
         if not Path(base).is_dir():
             raise DataError(f"the adapter in {folder} was trained on {base}, which is not here: name its place with --model")
-    elif adapter and isinstance(stands_on, str) and Path(stands_on).name != Path(base).resolve().name:  # of the same sizes, say
-        print(f"the adapter in {folder} was trained on {stands_on}: is {base} the same model?", file=sys.stderr)
     base = Path(base or TINY)
     read_config(base)  # says so if there is no model
     if run and not (config.template or (run.get("template") and isinstance(run["template"], str))):

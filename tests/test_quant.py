@@ -468,14 +468,14 @@ def test_rows_in_another_order_are_the_same_rows_to_the_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_int8s_product_of_a_few_tokens_is_that_of_the_weight_made_again(dtype):
-    """The product reads the int8 rows as they are; only the order of its sums, and the rounding of a scale to dtype, differ."""
-    linear, precision = Int8Linear(torch.randn(80, 96) * torch.rand(80, 1)), torch.finfo(dtype).eps
-    for shape in ((1, 96), (16, 96), (2, 3, 96)):
-        x = torch.randn(shape).to(dtype)
+def test_int8s_product_without_backward_is_that_of_the_weight_made_again(dtype):
+    """It takes the int8 rows as they are, for a few tokens or a prompt; only roundings to dtype and the order of sums differ."""
+    linear, precision = Int8Linear(torch.randn(800, 8192) * torch.rand(800, 1)), torch.finfo(dtype).eps  # more than a piece
+    for shape in ((1, 8192), (16, 8192), (2, 3, 8192), (17, 8192), (2, 9, 8192)):
+        x = (torch.randn(shape) * 50).to(dtype)  # whose products with 127 fp16 does not hold
         expected = x.double() @ linear.dequantize(torch.float64).T
         assert linear(x).shape == expected.shape and linear(x).dtype == dtype
-        assert ((linear(x) - expected).abs() <= 3 * precision * expected.abs() + 8e-6).all()
+        assert ((linear(x) - expected).abs() <= (2 * precision + 1e-5) * (expected.abs() + expected.std())).all()
 
 
 def test_int8_rows_are_within_half_a_step_of_the_weight():
