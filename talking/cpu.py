@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from model import ModelConfig, RMSNorm
-from quant import BLOCK, FrozenLinear, NF4Linear
-from weights.bitsandbytes import to_bitsandbytes
+from quant import BLOCK, NF4_CODE, FrozenLinear, NF4Linear
 
 
 class CPULinear(FrozenLinear):
@@ -59,17 +58,30 @@ class CPUNF4(FrozenLinear):
     """A weight in NF4 whose product is bitsandbytes', an optional extra: the bytes are the same, so they are handed over.
 
     PyTorch has no product of NF4 for a CPU, and NF4Linear writes the weight out for every token, which takes ten times as long
-    as bf16. Compiled, the weight's 4 bits become numbers in the processor's registers: a quarter of bf16's bytes are read."""
+    as bf16. Compiled, the weight's 4 bits become numbers in the processor's registers: a quarter of bf16's bytes are read.
+    The linear that it is made from gives its memory to it, and is not to be used any more."""
 
     def __init__(self, linear: NF4Linear):
-        packed = linear.packed()
+        packed, absmax = linear.packed(), []
         super().__init__(packed)
-        parts, library = to_bitsandbytes(packed, None, torch.bfloat16), bitsandbytes()
-        data = parts.pop("weight")
+        data, scales = packed.data.view(self.out_features, -1), packed.scales().view(self.out_features, -1)
+        rows = max(32, 2**20 // self.in_features // 32 * 32)  # some at a time, in the cache: what it makes on the way is large
+        for codes, part in zip(data.split(rows), scales.split(rows), strict=True):
+            self.product = self._ordered(codes, part)
+            codes.copy_(self.product.weight.data)  # in place of those that were there
+            absmax.append(self.scales())
+        weight = self.product.weight
+        weight.data, weight.quant_state.absmax, weight.quant_state.shape = data, torch.cat(absmax, dim=1), packed.shape
+
+    def _ordered(self, codes: torch.Tensor, absmax: torch.Tensor) -> nn.Module:
+        """The library's linear of some rows, put in the order that its product reads, which it does when it is first called."""
+        library, shape = bitsandbytes(), (len(codes), self.in_features)
         how = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "device": "meta"}
-        self.product = library.nn.Linear4bit(self.in_features, self.out_features, **how).eval()
-        self.product.weight = library.nn.Params4bit.from_prequantized(data, quantized_stats=parts, device="cpu")
-        self(torch.zeros(1, self.in_features, dtype=torch.bfloat16))  # the first call puts the bytes in an order of its own
+        linear = library.nn.Linear4bit(*reversed(shape), **how).eval()
+        state = library.functional.QuantState(absmax.flatten(), shape, NF4_CODE, BLOCK, "nf4", torch.bfloat16)
+        linear.weight = library.nn.Params4bit(codes.reshape(-1, 1), requires_grad=False, quant_state=state, bnb_quantized=True)
+        linear(torch.zeros(1, self.in_features, dtype=torch.bfloat16))
+        return linear
 
     @staticmethod
     def helps(linear: NF4Linear, dtype: torch.dtype) -> bool:

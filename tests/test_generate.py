@@ -303,22 +303,26 @@ def test_bf16_weights_laid_out_for_a_cpu_say_the_same_up_to_rounding(tiny_llama)
 
 
 @pytest.mark.live
-def test_an_nf4_weight_handed_to_bitsandbytes_multiplies_the_same_a_row_at_a_time():
+@pytest.mark.parametrize("columns", [320, 16448])  # handed over at once, and in three pieces
+def test_an_nf4_weight_handed_to_bitsandbytes_multiplies_the_same_a_row_at_a_time(columns):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear, x = NF4Linear(torch.randn(96, 320)), torch.randn(40, 320).bfloat16()
+    linear, x = NF4Linear(torch.randn(96, columns)), torch.randn(40, columns).bfloat16()
     if not CPUNF4.helps(linear, torch.bfloat16):
         pytest.skip("this CPU has no AVX-512 for bf16")
     assert not CPUNF4.helps(linear, torch.float32) and not CPUNF4.helps(NF4Linear(torch.randn(72, 320)), torch.bfloat16)
-    handed = CPUNF4(linear)
-    assert sum(weight.nbytes for weight in handed.parameters()) == 96 * 320 / 2
+    exact = x.double() @ linear.dequantize(torch.float32).double().T
+    reordered = NF4Linear(reordered_rows(linear.packed(), torch.arange(95, -1, -1)))  # its scales are of finer blocks
+    assert reordered.packed().nested_block < 256
+    handed, memory = CPUNF4(linear), linear.weight.data_ptr()
+    assert sum(weight.nbytes for weight in handed.parameters()) == 96 * columns / 2
+    assert [weight.data_ptr() for weight in handed.parameters()] == [memory]  # in the same place: nothing is there twice
     with torch.no_grad():
-        out, exact = handed(x), x.double() @ linear.dequantize(torch.float32).double().T
+        out = handed(x)
         assert (out - exact).norm() < 0.005 * exact.norm()  # bf16 rounds the result, and here the scales
         assert torch.equal(out, torch.cat([handed(row[None]) for row in x]))
         assert torch.equal(out, handed(x.T.contiguous().T))  # laid out by columns
-        reordered = NF4Linear(reordered_rows(linear.packed(), torch.arange(95, -1, -1)))  # its scales are of finer blocks
-        assert reordered.packed().nested_block < 256 and torch.equal(CPUNF4(reordered)(x), out.flip(-1))
+        assert torch.equal(CPUNF4(reordered)(x), out.flip(-1))
 
 
 @pytest.mark.live
