@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import resource
 import sys
@@ -53,6 +54,15 @@ def alone(folder: Path, busy: Exception):
                     folder.rmdir()  # if nothing came into it; by whoever was refused it would be taken from under the other
     finally:
         os.close(handle)
+
+
+def free_memory() -> float:
+    """Bytes that processes can still have of this machine's memory, as Linux estimates; infinity where nobody says."""
+    try:
+        known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(known["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 
+from helping.files import free_memory
 from sizing.formula import formula
 from sizing.gpu import GPU
 
@@ -91,7 +92,7 @@ def listed(ways: list[dict]) -> str:
 def explain_out_of_memory(sizes, flags, gpu: GPU | None, nproc: int, peak: int | None = None, in_use: int | None = None) -> str:
     """What to say when memory ran out, or will: bytes in use, the peak predicted (None: by the formula), what helps."""
     terms = {name: size for name, (_, size) in formula(sizes, flags, gpu, nproc).items()}
-    gpu, peak = gpu or GPU("this machine", 0), peak or terms["allocated peak"]
+    gpu, peak = gpu or GPU("this machine", free_memory(), context=0), peak or terms["allocated peak"]
     largest = sorted(terms.keys() - {"allocated peak", "in the host's memory"}, key=terms.get, reverse=True)[:4]
     used = "" if in_use is None else f"out of memory: {in_use / 1e9:.2f} of {gpu.memory / 1e9:.2f} GB were in use, "
     most = ", ".join(f"{name} {terms[name] / 1e9:.2f}" for name in largest)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
@@ -10,6 +11,7 @@ import torch
 
 import train
 from generate import DTYPES
+from helping.files import free_memory
 from memory import Tracker, predict
 from model import Llama, ModelConfig
 from running.checkpoint import trained_weights
@@ -116,11 +118,14 @@ class Memory:
             return f"memory: not predicted, {str(error).splitlines()[0]}"
         highest = self.line.highest
         text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {highest.part}, {highest.name}"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory, if that is what they use
+        needed, memory = self.line.peak * here, free_memory()
         if self.gpu:
-            needed = self.line.reserved + self.gpu.context
-            text += f"; {needed / 1e9:.2f} of {self.gpu.memory / 1e9:.2f} GB in nvidia-smi"
-            if needed > self.gpu.memory:
-                text += f"\nwarning: that does not fit: {self.explained()}"
+            needed, memory = self.line.reserved + self.gpu.context, self.gpu.memory
+            text += f"; {needed / 1e9:.2f} of {memory / 1e9:.2f} GB in nvidia-smi"
+        if needed > memory:
+            where = "" if self.gpu else f" in the {memory / 1e9:.2f} GB that are free here"
+            text += f"\nwarning: that does not fit{where}: {self.explained()}"
         if self.config.async_save:
             copy = copied(self.config, self.sizes, self.gpu, self.workers.world) / 1e9
             text += f"\nmemory: and {copy:.3f} GB of the host's, a copy from which checkpoints are written"

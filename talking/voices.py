@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from data import DataError, Template, Tokenizer, load_template
-from generate import TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
+from generate import DTYPES, TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
 from helping.malloc import keep_freed_memory
 from lora import load_adapter
-from model import Llama, from_hf, load_model, read_config
+from model import Llama, from_hf, load_model, open_checkpoint, read_config
 from quant import QUANTIZERS
 from talking.cpu import CPULinear, order_for_cpu, outgrows_cache
 
@@ -64,6 +64,9 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
     dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
     if answering and config.dtype == "auto" and CPULinear.helps(device, torch.bfloat16) and outgrows_cache(read_config(base)):
         dtype = torch.bfloat16
+    if (config.merge or config.save) and config.dtype == "auto":  # as the files have it, which is all that is known
+        stored = open_checkpoint(base, read_config(base))["tok_embeddings.weight"]().dtype
+        dtype = stored if stored in DTYPES.values() else dtype
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     if device.type == "cpu":
         keep_freed_memory()  # one weight is cast or quantised in what the one before it freed

@@ -909,6 +909,22 @@ def test_a_merge_touches_nothing_beside_it_and_leaves_nothing_when_it_fails(run,
     assert (tmp_path / "merged").stat().st_mode == (tmp_path / "merged.tmp").stat().st_mode
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merge_keeps_the_format_of_the_bases_files_if_not_told_otherwise(run, base, adapter, tmp_path, stored):
+    """Llama 2's 13.5 GB in fp16 once became 27 in fp32, which many a machine does not hold."""
+    save_hf(load_model(base), base, dtype=stored)
+    for flags, expected in (((), stored), (("--dtype", "fp32"), torch.float32)):
+        written = tmp_path / f"{expected}"
+        assert run("--adapter", adapter, *flags, "--merge", written, "--device", "cpu")[0] == 0
+        assert {tensor.dtype for tensor in load_file(written / "model.safetensors").values()} == {expected}
+        assert json.loads((written / "config.json").read_text())["torch_dtype"] == str(expected)[6:]
+        if stored == torch.float32:
+            break
+    assert run("--model", base, "--save", tmp_path / "saved", "--device", "cpu")[0] == 0
+    for name, tensor in load_file(tmp_path / "saved" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(base / "model.safetensors")[name])
+
+
 def test_a_merge_whose_logits_are_not_finite_is_refused(run, adapter, tmp_path):
     """fp16 ends at 65,504, and what is beyond becomes infinity in the file."""
     file = adapter / "adapter_model.safetensors"

@@ -35,6 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train as train_script
 from data import TEMPLATES, DataError, PackedBatches, encode_documents
 from generate import GenerateConfig, Sampling
+from helping.files import free_memory
 from lora import load_adapter
 from memory import Tracker
 from model import CheckpointError, from_hf, load_model, read_config, save_hf, save_meta
@@ -1549,6 +1550,25 @@ def test_what_a_run_will_need_is_of_its_documents_not_of_one_as_long_as_a_row(se
     run(base, max_steps=2, samples=0, method="full", model_max_length=512, **settings)
     error = float(capsys.readouterr().out.rsplit("predicted, ", 1)[1].split("%")[0])
     assert 0 <= error <= 10
+
+
+@pytest.mark.parametrize(("free", "said"), [(10**5, True), (10**12, False)])
+def test_a_run_that_does_not_fit_into_this_machines_memory_says_so_before_it_begins(base, monkeypatch, capsys, free, said):
+    """Linux ends a process that takes more than there is, without a word."""
+    for place in ("sizing.rehearsal", "sizing.advice"):
+        monkeypatch.setattr(f"{place}.free_memory", lambda: free)
+    run(base, max_steps=1, samples=0)
+    out = capsys.readouterr().out
+    assert ("warning: that does not fit in the 0.00 GB that are free here: a peak of 0.00 GB was predicted" in out) == said
+    assert ("  no    --gradient_checkpointing True" in out) == said
+
+
+def test_what_is_free_of_this_machines_memory_is_what_linux_says():
+    free = free_memory()
+    if not Path("/proc/meminfo").exists():
+        assert free == math.inf
+    else:
+        assert 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_running_out_of_memory_is_explained(base, monkeypatch):
