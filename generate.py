@@ -88,9 +88,7 @@ class GenerateConfig(Sampling):
     compare: bool = False  # the base answers too, beside its adapter
     tokenizer: str | None = None  # SentencePiece file; tokenizer.model of the run or the model if not given
     template: str | None = None  # how the prompt is written out: a name or a JSON file; the run's own if not given
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of the weights; auto: bf16 on a GPU and for a large model on a CPU; to be saved as the files have it
-    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights; auto: bf16 on a GPU, for a large model on a CPU
     quantize: Literal["none", "int8", "nf4"] | None = None  # weights of the blocks in 8 or 4 bits; as the run was if not given
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
     compile: bool = False  # the step of decoding by torch.compile: a minute at the first answer, faster after; on CUDA as a graph

@@ -23,7 +23,7 @@ def merge(voices: list[Voice], config: GenerateConfig) -> None:
     logit.
 
     A quantised model is turned back and saved in bf16, so the change is bf16's rounding; others keep the format they were
-    loaded in (--dtype; auto is that of the base's files, for --save too)."""
+    loaded in (--dtype; auto is the one of the base's files, but fp32 for a small model on a CPU; for --save too)."""
     model = voices[-1].model
     quantised = any(hasattr(module, "dequantized") for module in model.modules())
     tokens = torch.arange(3, min(35, model.config.vocab_size), device=model.norm.weight.device)  # any; a CPU is slow in fp16

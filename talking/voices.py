@@ -62,11 +62,12 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
             )
     device = pick_device(config.device)
     dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
-    if answering and config.dtype == "auto" and CPULinear.helps(device, torch.bfloat16) and outgrows_cache(read_config(base)):
-        dtype = torch.bfloat16
-    if (config.merge or config.save) and config.dtype == "auto":  # as the files have it, which is all that is known
-        stored = open_checkpoint(base, read_config(base))["tok_embeddings.weight"]().dtype
-        dtype = stored if stored in DTYPES.values() else dtype
+    if config.dtype == "auto" and outgrows_cache(read_config(base)):  # large
+        if config.merge or config.save:  # as the files have it
+            stored = open_checkpoint(base, read_config(base))["tok_embeddings.weight"]().dtype
+            dtype = stored if stored in DTYPES.values() else dtype
+        elif answering and CPULinear.helps(device, torch.bfloat16):
+            dtype = torch.bfloat16
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     if device.type == "cpu":
         keep_freed_memory()  # one weight is cast or quantised in what the one before it freed
