@@ -15,6 +15,7 @@ import torch
 
 from data import DataError, Template, Tokenizer, load_template
 from generate import DTYPES, TINY, GenerateConfig, compile_decoding, pick_device, pick_dtype
+from helping.files import free_memory
 from helping.malloc import keep_freed_memory
 from lora import load_adapter
 from model import Llama, from_hf, load_model, open_checkpoint, read_config
@@ -37,6 +38,14 @@ def _trained_on(folder: Path):
     """The base that an adapter's own files name, as a path or as a name on Hugging Face's hub."""
     base = _read_json(folder / "run.json").get("base_model")
     return base or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+
+
+def _weights(base: Path, quantize: str, dtype: torch.dtype) -> float:
+    """Bytes of the model in this folder, as it is loaded."""
+    with torch.device("meta"):  # shapes without storage
+        sizes = {name: weight.numel() for name, weight in Llama(read_config(base)).named_parameters()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("layers."))
+    return blocks * {"int8": 1, "nf4": 4.127 / 8}.get(quantize, dtype.itemsize) + (sum(sizes.values()) - blocks) * dtype.itemsize
 
 
 class Voice(NamedTuple):
@@ -68,6 +77,9 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
             dtype = stored if stored in DTYPES.values() else dtype
         elif answering and CPULinear.helps(device, torch.bfloat16):
             dtype = torch.bfloat16
+    if device.type == "cpu" and (needed := _weights(base, quantize, dtype)) > (free := free_memory()):
+        least = f"--quantize nf4 --dtype bf16: {_weights(base, 'nf4', torch.bfloat16) / 1e9:.2f}"
+        print(f"the weights take {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free here ({least})", file=sys.stderr)
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     if device.type == "cpu":
         keep_freed_memory()  # one weight is cast or quantised in what the one before it freed

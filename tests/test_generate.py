@@ -1,6 +1,7 @@
 """Generation: the tokens are the right ones, the text is whole characters and ends where it should, a run's settings hold."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -716,6 +717,22 @@ def test_a_tokenizer_in_the_runs_folder_goes_before_the_bases(base, adapter, tok
     load(config(adapter=adapter))
     (adapter / "tokenizer.model").write_text("broken")
     load(config(adapter=adapter, tokenizer=tokenizer_file))  # and the one that is named before both
+
+
+def test_weights_that_do_not_fit_into_this_machines_memory_are_said_before_they_are_read(base, monkeypatch, capsys):
+    """Linux ends a process that takes more than there is, without a word."""
+    for quantize, dtype in (("none", "fp32"), ("none", "bf16"), ("int8", "bf16"), ("nf4", "bf16")):
+        monkeypatch.setattr(voices, "free_memory", lambda: 10**12)
+        model, *_ = load(config(model=base, quantize=quantize, dtype=dtype))
+        assert capsys.readouterr().err == ""
+        held = sum(weight.nbytes for weight in load_model(base, dtype=model.norm.weight.dtype).parameters())
+        expected = voices._weights(base, quantize, model.norm.weight.dtype)
+        assert expected == held if quantize == "none" else 0.25 * held < expected < held
+        monkeypatch.setattr(voices, "free_memory", lambda: 10**3)
+        load(config(model=base, quantize=quantize, dtype=dtype))
+        assert re.fullmatch(
+            r"the weights take 0\.00 GB, 0\.00 are free here \(--quantize nf4 --dtype bf16: 0\.00\)\n", capsys.readouterr().err
+        )
 
 
 def test_a_base_that_moved_is_named_and_model_says_where_it_is(base, adapter):
