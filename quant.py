@@ -338,8 +338,10 @@ class Int8Linear(FrozenLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         few = x.numel() <= 16 * self.in_features
-        if torch.is_grad_enabled() or x.device.type != "cpu" or (self.in_features % 32 if few else x.dtype == torch.float16):
-            return super().forward(x)  # PyTorch's product reads past the end of rows that are not whole vectors; fp16 runs over
+        # PyTorch's product reads past the end of rows that are not whole vectors; fp16 may not hold sums of 127 times x.
+        unfit = self.in_features % 32 if few else x.dtype == torch.float16
+        if unfit or torch.is_grad_enabled() or x.device.type != "cpu":
+            return super().forward(x)
         weight, scale = self.weight.data, self.scale.data.view(torch.float32).flatten()
         if few:  # decoding: each weight is read once, in 8 bits
             return torch._weight_int8pack_mm(x.flatten(0, -2), weight, scale.to(x.dtype)).view(*x.shape[:-1], -1)

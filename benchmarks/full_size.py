@@ -1,13 +1,13 @@
-"""A model of full size through every program, on a machine without a GPU: does it fit, does it hold what was predicted, is it
-what transformers, PEFT and bitsandbytes have?
+"""A model of full size trained, asked, packed and merged on a machine without a GPU: does it fit, does it need what was
+predicted, is it what transformers and PEFT have?
 
     python benchmarks/full_size.py --folder FOLDER --data no_robots_test.jsonl --tokenizer llama2_tokenizer.model [--preset 7b]
 
-Weights are random, in fp16 as Llama 2's are published, made in FOLDER (7B: 45 GB of disk in the end, 24 GB of memory) and kept
-for the next time. Memory is the most that the process had of its own (RssAnon, looked at 20 times a second): pages of mapped
-files, which the system takes back when it likes, are not in it. Greedy answers to one prompt show whether two ways are the same
-model; transformers and PEFT get the same tokens. Random weights make all tokens about as likely, so bf16's roundings show more
-than in a trained model."""
+Weights are random, in fp16 as Llama 2's are published. They, Meta's format, the packed and the merged model are made in FOLDER
+(7B: 50 GB of disk, 24 GB of memory) and kept: what is there is not made, or timed, again. Memory is the most that the process
+had of its own (RssAnon, looked at 20 times a second): pages of mapped files, which the system takes back when it likes, are not
+in it. Greedy answers to one prompt show whether two ways are the same model; transformers and PEFT get the same tokens. Random
+weights make all tokens about as likely, so bf16's roundings show more than in a trained model."""
 
 import argparse
 import json
@@ -121,11 +121,10 @@ def main():
     make(hf, sizes, torch.float16, options.tokenizer)
     make(two, replace(sizes, n_layers=2), torch.float32, options.tokenizer)
     print("| what | time | own memory | |\n|---|---|---|---|", flush=True)
-    given = ["--model", hf, "--data", Path(options.data).absolute(), "--dtype", "bf16", "--max_steps", 3, "--logging_steps", 1]
-    given += ["--overwrite"]
-    for method, length in (("qlora", 256), ("lora", 256)):
-        flags = ["--method", method, "--model_max_length", length, "--output_dir", work / method]
-        said = run(f"train.py --method {method}, 3 steps of {length} tokens", "train.py", *given, *flags)
+    given = ["--data", Path(options.data).absolute(), "--max_steps", 3, "--logging_steps", 1, "--overwrite"]
+    for method in ("qlora", "lora"):
+        flags = ["--model", hf, "--method", method, "--dtype", "bf16", "--model_max_length", 256, "--output_dir", work / method]
+        said = run(f"train.py --method {method}, 3 steps of 256 tokens", "train.py", *given, *flags)
         rows = [json.loads(line) for line in (work / method / "log.jsonl").read_text().splitlines()]
         losses = ", ".join(f"{row['loss']:.2f}" for row in rows if "loss" in row)
         print(re.search(r"memory: (a peak .*)", said)[1] + f"; losses {losses} |", flush=True)
@@ -143,8 +142,8 @@ def main():
     if not (work / "merged").exists():
         said = run("generate.py --merge, of the LoRA run", "generate.py", "--adapter", work / "lora", "--merge", work / "merged")
         print(said.splitlines()[-1].split("; ")[1] + " |")
-    given = ["--model", two, *given[2:4], "--max_steps", 3, "--overwrite", "--output_dir", work / "short"]
-    run("train.py --method lora, two layers of full width", "train.py", *given, "--method", "lora", "--learning_rate", 0.01)
+    flags = ["--model", two, "--method", "lora", "--learning_rate", 0.01, "--output_dir", work / "short"]
+    run("train.py --method lora, two layers of full width", "train.py", *given, *flags)
     print("|")
     plain = apart("two layers, fp32", two, "float32", "", work)
     adapted = apart("two layers, fp32, the LoRA run by PEFT", two, "float32", work / "short", work)

@@ -118,13 +118,13 @@ class Memory:
             return f"memory: not predicted, {str(error).splitlines()[0]}"
         highest = self.line.highest
         text = f"memory: {self.line.peak / 1e9:.3f} GB predicted at the peak, in the {highest.part}, {highest.name}"
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share this machine's memory, if that is what they use
-        needed, memory = self.line.peak * here, free_memory()
         if self.gpu:
-            needed, memory = self.line.reserved + self.gpu.context, self.gpu.memory
+            needed, memory, where = self.line.reserved + self.gpu.context, self.gpu.memory, ""
             text += f"; {needed / 1e9:.2f} of {memory / 1e9:.2f} GB in nvidia-smi"
+        else:  # which the processes on this machine share
+            needed, memory = self.line.peak * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
+            where = f" in the {memory / 1e9:.2f} GB that are free here"
         if needed > memory:
-            where = "" if self.gpu else f" in the {memory / 1e9:.2f} GB that are free here"
             text += f"\nwarning: that does not fit{where}: {self.explained()}"
         if self.config.async_save:
             copy = copied(self.config, self.sizes, self.gpu, self.workers.world) / 1e9

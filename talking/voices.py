@@ -18,7 +18,7 @@ from generate import DTYPES, TINY, GenerateConfig, compile_decoding, pick_device
 from helping.files import free_memory
 from helping.malloc import keep_freed_memory
 from lora import load_adapter
-from model import Llama, from_hf, load_model, open_checkpoint, read_config
+from model import Llama, ModelConfig, from_hf, load_model, open_checkpoint, read_config
 from quant import QUANTIZERS
 from talking.cpu import CPULinear, order_for_cpu, outgrows_cache
 
@@ -40,12 +40,12 @@ def _trained_on(folder: Path):
     return base or _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
-def _weights(base: Path, quantize: str, dtype: torch.dtype) -> float:
-    """Bytes of the model in this folder, as it is loaded."""
+def _weights(sizes: ModelConfig, quantize: str, dtype: torch.dtype) -> float:
+    """Bytes of a model of these sizes, as it is loaded."""
     with torch.device("meta"):  # shapes without storage
-        sizes = {name: weight.numel() for name, weight in Llama(read_config(base)).named_parameters()}
-    blocks = sum(size for name, size in sizes.items() if name.startswith("layers."))
-    return blocks * {"int8": 1, "nf4": 4.127 / 8}.get(quantize, dtype.itemsize) + (sum(sizes.values()) - blocks) * dtype.itemsize
+        model = Llama(sizes)
+    whole, blocks = (sum(weight.numel() for weight in part.parameters()) for part in (model, model.layers))
+    return blocks * {"int8": 1, "nf4": 4.127 / 8}.get(quantize, dtype.itemsize) + (whole - blocks) * dtype.itemsize
 
 
 class Voice(NamedTuple):
@@ -71,17 +71,18 @@ def load_voices(config: GenerateConfig) -> list[Voice]:
             )
     device = pick_device(config.device)
     dtype, answering = pick_dtype(config.dtype, device), not (config.merge or config.save or config.compile)
-    if config.dtype == "auto" and outgrows_cache(read_config(base)):  # large
+    sizes = read_config(base)
+    if config.dtype == "auto" and outgrows_cache(sizes):  # large
         if config.merge or config.save:  # as the files have it
-            stored = open_checkpoint(base, read_config(base))["tok_embeddings.weight"]().dtype
+            stored = open_checkpoint(base, sizes)["tok_embeddings.weight"]().dtype
             dtype = stored if stored in DTYPES.values() else dtype
         elif answering and CPULinear.helps(device, torch.bfloat16):
             dtype = torch.bfloat16
-    if device.type == "cpu" and (needed := _weights(base, quantize, dtype)) > (free := free_memory()):
-        least = f"--quantize nf4 --dtype bf16: {_weights(base, 'nf4', torch.bfloat16) / 1e9:.2f}"
-        print(f"the weights take {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free here ({least})", file=sys.stderr)
     order = CPULinear if answering and CPULinear.helps(device, dtype) else None  # as they are read, without a plain copy first
     if device.type == "cpu":
+        if (needed := _weights(sizes, quantize, dtype)) > (free := free_memory()):
+            least = f"--quantize nf4 --dtype bf16: {_weights(sizes, 'nf4', torch.bfloat16) / 1e9:.2f}"
+            print(f"the weights take {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free here ({least})", file=sys.stderr)
         keep_freed_memory()  # one weight is cast or quantised in what the one before it freed
     model = load_model(base, device=device, dtype=dtype, quantize=QUANTIZERS[quantize] or order).eval()
     if answering:
