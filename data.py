@@ -230,6 +230,11 @@ def encode_documents(dialogs, tokenizer, template, *, max_length, too_long="cut"
     return TokenFile(cache), Counter(json.loads((cache / "fates.json").read_text()))
 
 
+def has_reply(dialog: list[dict]) -> bool:
+    """Whether there is anything to learn from it."""
+    return any(m["role"] in ("assistant", "text") and m["content"].strip() for m in dialog)
+
+
 def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs, fates):
     dialogs = iter(dialogs)
     while batch := list(islice(dialogs, 256)):
@@ -237,7 +242,7 @@ def _encoded(dialogs, tokenizer, template, max_length, too_long, train_on_inputs
         for dialog in batch:
             if dialog[-1]["role"] == "user":
                 dialog = dialog[:-1]  # an unanswered last turn teaches nothing
-            if any(m["role"] in ("assistant", "text") and m["content"].strip() for m in dialog):
+            if has_reply(dialog):
                 written.append(write_dialog(dialog, template))
             else:
                 fates["dropped, no reply"] += 1

@@ -8,7 +8,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from data import IGNORE, Template, Tokenizer, choose_template, encode_dialog, pack
+from data import IGNORE, Template, Tokenizer, choose_template, encode_dialog, has_reply, pack
 from preparing.commands import DataConfig
 from preparing.readers import DataError
 from preparing.records import read_records
@@ -62,6 +62,7 @@ def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
         ids, labels = encode_dialog(record.dialog, tokenizer, template)
         sizes.append(len(ids))
         counts["supervised"] += sum(label != IGNORE for label in labels)
+        counts["mute"] += not has_reply(record.dialog) or all(label == IGNORE for label in labels[1:limit])
         counts["turns"] += sum(m["role"] != "system" for m in record.dialog)
         seen.add(hashlib.blake2b(repr(record.dialog).encode(), digest_size=16).digest())
         for message in record.dialog:
@@ -77,9 +78,9 @@ def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
     for i, height in enumerate(heights):
         print(f"  {edges[i]:7,} to {edges[i + 1] - 1:7,} {height:9,} {'#' * round(60 * height / max(heights))}")
     lengths = np.minimum(sizes, limit)
-    print(
-        f"{sum(lengths < sizes):,} records are longer than {limit:,} (--model_max_length), {total - sum(lengths):,} tokens lost"
-    )
+    longer, lost = sum(lengths < sizes), total - sum(lengths)
+    print(f"{longer:,} records are longer than {limit:,} (--model_max_length), {lost:,} tokens lost")
+    print(f"{counts['mute']:,} have no reply, or one that begins after {limit:,} tokens: train.py leaves them out")
     order = np.random.default_rng(config.seed).permutation(n)
     full = sum(lengths) / (len(pack(lengths, limit, order)) * limit)
     batches = [lengths[order[i : i + 8]] for i in range(0, n, 8)]

@@ -462,6 +462,15 @@ def test_stats_counts_what_is_there(run, tokenizer, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_stats_counts_the_records_that_train_leaves_out(run, tokenizer):
+    dialogs = [dialog("Where?", said) for said in ("In Oakford.", " ", "Mira " * 90)] + [dialog("Who? " * 90, "Mira.")]
+    run.write("a.jsonl", dialogs)
+    fates = data.encode_documents(dialogs, tokenizer, data.TEMPLATES["llama2"], max_length=64)[1]
+    left_out = sum(count for fate, count in fates.items() if fate.startswith("dropped"))
+    assert left_out == 2
+    assert "2 have no reply, or one that begins after 64 tokens" in run("stats", "a.jsonl", model_max_length=64)
+
+
 def test_stats_has_no_negative_share_and_a_bar_for_the_shortest_records(run):
     """White space around a message is not written, and so is not among its tokens either."""
     run.write("a.jsonl", [dialog("\n" * 50 + "Where?", "In Oakford." + " " * 50)])
