@@ -8,7 +8,7 @@ searched for afterwards, which tokens are the reply. Only those train: labels re
 are -100 elsewhere. With the llama2 template:
 
     ids      <s>  [INST]  Where ...  [/INST]   Mira  lives  in  Oakford  .  </s>
-    labels   -100  -100    -100       -100     Mira  lives  in  Oakford  .  </s>
+    labels   -100  -100    -100       -100     Mira  lives  in  Oakford  .  </s>      (roughly: [INST] is several tokens)
 
 A row is `per_device_train_batch_size x model_max_length` tokens: whole documents end to end, no padding between them. Batches
 padded to their longest record waste about half of the work on real data, where one reply has 20 tokens and the next 2,000.
@@ -66,7 +66,7 @@ class Tokenizer:
         self.added = tuple(sorted(x for x in named if self.pieces.id_to_piece(self.pieces.piece_to_id(x)) != x))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos
+        return [self.bos_id] * bos + self.pieces.encode(text) + [self.eos_id] * eos  # once or, times False, not at all
 
     def added_in(self, *texts: str) -> str:
         """Which of the tokens that the model has beside tokenizer.model, such as <|im_start|>, stand in a text: for transformers
@@ -171,7 +171,7 @@ def write_dialog(dialog: list[dict], template: Template) -> list[Piece]:
             pieces.append(Piece(template.assistant.format(assistant=content), False, True))
             continue
         extra = message.get("input", "").strip()
-        system = given or (template.default_system_with_input if extra else template.default_system) if i == 0 else ""
+        system = (given or (template.default_system_with_input if extra else template.default_system)) if i == 0 else ""
         if extra and not template.user_with_input:
             content = f"{content}\n\n{extra}"
         form = template.user_with_input if extra and template.user_with_input else template.user

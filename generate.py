@@ -97,7 +97,7 @@ class GenerateConfig(Sampling):
     system: str | None = None  # a system message before it
     prompts: str | None = None  # a file of them: a line {"prompt": "..."}, or a record that could train, less its last reply
     out: str | None = None  # the JSONL file for the answers to --prompts, which goes on where it ends; or for --latency's figures
-    batch_size: int = 8  # so many prompts of the file are answered together: more are faster, while memory lasts
+    batch_size: int = 8  # so many prompts of a file, or samples, are answered together: more are faster, while memory lasts
     samples: int = 1  # answers to each prompt, with other random numbers each
     web: bool = False  # a chat in the browser
     port: int = 7860  # of the page
@@ -233,7 +233,7 @@ def generate_batch(
             run = step if cache.static and n else next_tokens
             tokens = run(model, cache, tokens, borders, kind, draws[:, n].contiguous(), seen, numbers)
             tokens = tokens.clone()  # a graph's answer is overwritten when it runs again, perhaps for another chat
-            for index, token in zip(list(active), tokens.tolist(), strict=True):
+            for index, token in zip(active, tokens.tolist(), strict=True):
                 if token < 0:
                     raise DataError(
                         "the model predicts NaN: a weight is broken, or numbers ran over, as in fp16 they may (--dtype)"

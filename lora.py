@@ -10,7 +10,7 @@ nothing. What it costs: the two thin products, about 2 x r x (in + out) FLOPs a 
 in every forward and backward pass; only its gradient is never made.
 
 `add_lora` swaps every chosen linear by a LoRALinear holding it; the model's own code does not change. `merge_lora` adds
-B A into W and puts plain linears back. On disk an adapter is PEFT's (weights/peft.py).
+(alpha / r) B A into W and puts plain linears back. On disk an adapter is PEFT's (weights/peft.py).
 """
 
 import math
@@ -32,10 +32,13 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float, rslora: bool, device=None):
         super().__init__()
+        if rank > max(base.in_features, base.out_features):
+            raise LoRAError(f"a rank of {rank} is more than any {base.out_features} x {base.in_features} matrix has")
         self.base = base
         self.scaling = scaling(rank, alpha, rslora)
         self.dropout = nn.Dropout(dropout)
-        drawn = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features, dtype=torch.float32), a=math.sqrt(5))
+        drawn = torch.empty(rank, base.in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))  # evenly from -1 / sqrt(in) to 1 / sqrt(in), as in PEFT
         self.lora_A = nn.Parameter(drawn.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
 
@@ -76,8 +79,8 @@ def add_lora(
     if rank < 1:
         raise LoRAError(f"LoRA's rank must be at least 1, not {rank}")
     fits = [path for path, module in model.named_modules() if hasattr(module, "in_features") or isinstance(module, nn.Embedding)]
-    wrapped = [path for path, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)]  # other parts
-    known = {path.rsplit(".", 1)[-1] for path in [*fits, *wrapped]} - {"base"}
+    wrapped = [path for path, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding)]
+    known = {path.rsplit(".", 1)[-1] for path in [*fits, *wrapped]} - {"base"}  # what is in a wrapped one, of an earlier part
     unknown = set(targets) - known - {"all-linear"}
     if unknown or not targets:
         asked = ", ".join(sorted(unknown)) or "(none)"
@@ -90,8 +93,7 @@ def add_lora(
         if inside(path):
             weight.requires_grad_(False)
     for path in filter(inside, fits):
-        in_block = "." in path
-        if path.rsplit(".", 1)[-1] in targets or ("all-linear" in targets and in_block):
+        if path.rsplit(".", 1)[-1] in targets or ("all-linear" in targets and path.startswith("layers.")):
             wrap(model, path, rank, alpha, dropout, rslora)
     return model
 

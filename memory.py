@@ -5,7 +5,7 @@ piles them up layer by layer, and backward, which goes from the last layer to th
 order while it adds gradients. So memory is highest somewhere around the turn, and the question is how high:
 
     peak = weights + adapters + optimizer state                  there from the first step on
-         + activations of all layers                             (about 32 x T x dim bytes a layer: sizing/formula.py)
+         + activations of all layers                             (LoRA in 16 bits: about 32 x T x dim bytes a layer)
          + the loss's logits, or a block's backward              whichever is more, at the turn
 
 With adapters, that is. In full fine-tuning the gradients are as many as the weights and all there when backward ends: that is its
@@ -62,7 +62,7 @@ class Block:
     stream: object = None  # the CUDA stream it was asked for on: FSDP gathers and reduces on streams of their own
 
 
-STEPPED = ("weights", "adapters", "gradients")  # what an optimizer's operation tells its weight by
+STEPPED = ("weights", "adapters", "gradients")  # by these an operation of the optimizer shows which weight it is for
 
 
 class Tracker(TorchDispatchMode):
@@ -359,7 +359,6 @@ def predict(run, gpu: GPU | None = None) -> Timeline:
     `supervised` (None: all), and with `connect()` (what needs numbers: the mesh of the processes), `build()` -> (model,
     optimizer), `step()`, `evaluate()`, `save()`."""
     n = run.sizes.n_layers
-
     few = replace(run, sizes=replace(run.sizes, n_layers=min(n, FEW)))
     with processes(run.processes) if run.processes > 1 else nullcontext():
         diary = watch(few, True, gpu).diary

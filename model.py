@@ -79,14 +79,15 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The architecture. Shapes: T tokens in the stream, C = dim, H query heads, K key/value heads, D = head size, V vocabulary.
+# The architecture. Shapes: T tokens in the stream, C = dim, F = hidden_dim, H query heads, K key/value heads of D numbers,
+# V vocabulary.
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in fp32 within ("Root Mean Square Layer Normalization", equation 4).
 
-    PyTorch's fused kernel keeps for backward x, which is there anyway, and one number a token. Written in separate operations
-    the norm keeps fp32 copies of x: in 7B 2 x 2,048 tokens x 4,096 x 4 bytes = 67 MB a layer."""
+    On a GPU PyTorch's fused kernel keeps for backward x, which is there anyway, and one number a token. Separate operations, of
+    which its norm is made on a CPU, keep x in fp32: 7B, two norms x 2,048 tokens x 4,096 x 4 bytes = 67 MB a layer."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -111,8 +112,8 @@ def apply_rope(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Rotate each neighbouring pair of x (T, heads, D) by its position's angle (RoFormer, equation 34).
 
     A query at position m and a key at n then meet in a product that depends on m - n alone. A pair is one complex number and
-    a rotation one product, in a third of the time of sines and cosines written out; only a compiler gets these, as it
-    fuses them and cannot fuse complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
+    a rotation one product, in a third of the time of sines and cosines written out. Those are for torch.compile, which fuses
+    them and cannot fuse complex numbers. The pairs are (0,1), (2,3), ... as in Meta's weights; Hugging Face pairs (0, D/2),
     (1, D/2+1), ... and stores its rows in another order to match."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (T, heads, D/2, 2)
     if torch.compiler.is_compiling():
@@ -198,7 +199,7 @@ class Attention(nn.Module):
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, which keeps the two for backward and makes silu(gate) once more there: one cheap pass, instead of
-    T x F numbers a layer (7B at 2,048 tokens: 45 MB each of 32 times). With s = silu(gate), by the product rule:
+    T x F numbers a layer (7B at 2,048 tokens: 45 MB in each of 32). With s = silu(gate), by the product rule:
 
     d up = d product * s        d gate = d product * up * s'(gate)"""
 
@@ -280,8 +281,8 @@ class KVCache:
         """Keep the keys and values (T, K, D) of new tokens; let their queries (T, H, D) look at their own sequence up to
         themselves. visible: given in decoding, where each sequence has one new token."""
         keys, values, dtype = self.keys[layer], self.values[layer], q.dtype
-        q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
         if visible is not None:
+            q, k, v = q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype)
             rows, span = self.rows[: len(q)], visible.shape[-1]
             keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
             q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, D): queries that share a key head are rows of one matrix
@@ -295,14 +296,14 @@ class KVCache:
             total = held + end - start
             keys[row, :, held:total], values[row, :, held:total] = k[start:end].transpose(0, 1), v[start:end].transpose(0, 1)
             seen = keys[row, :, :total].to(dtype), values[row, :, :total].to(dtype)
-            out.append(attention_over_keys(q[start:end].transpose(0, 1).to(dtype), *seen, method).transpose(0, 1))
+            out.append(attention_over_keys(q[start:end].transpose(0, 1), *seen, method).transpose(0, 1))
         return torch.cat(out)
 
 
 class Llama(nn.Module):
-    """The whole model. New weights are drawn from N(0, 0.02); `load_model` replaces them by real ones.
+    """The whole model. New weights are drawn from N(0, 0.02^2); `load_model` replaces them by real ones.
 
-    attention: "sdpa" (never all scores at once) or "textbook" (the four lines one can read, with the T x T matrix in memory)."""
+    attention: "sdpa" (never all scores at once) or "textbook" (the three lines one can read, with the T x T matrix in memory)."""
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()
@@ -344,8 +345,8 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)  # (T, C)
         for i, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training and cache is None:
-                # Keep only the block's input and compute the block again in backward: far less memory, and a quarter more work,
-                # or a half with LoRA, where frozen weights get no gradients, so that backward costs one forward and not two.
+                # Keep only the block's input and compute the block, less its last product, again in backward: far less memory,
+                # and a quarter more work, or with LoRA a half: frozen weights get no gradients, so backward is one forward.
                 x = checkpoint(layer, x, rotations, cu_seqlens, use_reentrant=False)
             else:
                 x = layer(x, rotations, cu_seqlens, partial(cache.attend, i, visible) if cache else None)

@@ -10,7 +10,7 @@ off first, then 256 of them make a block) and leaves 4 + 8/64 + 32/(64 x 256) = 
 the linears of 7B's blocks take 3.3 GB instead of 13.0. The mean squared error on normal data is 0.0085 of the variance.
 
 Such weights are not trained: for every product they are turned back into 16 bits, used, and forgotten, in forward and again
-in backward. So a QLoRA step needs less memory than a LoRA step, and for these two more passes over the weights more time.
+in backward. So a QLoRA step needs less memory than a LoRA step, and more time: two more passes over the weights.
 
 The bytes are those of bitsandbytes, here and in its files (weights/bitsandbytes.py), but for about 0.2 % of the double-quantised
 scales, which its compiled CPU path rounds to the level beside the nearest. The plain PyTorch lines define what is computed; on a
@@ -61,8 +61,8 @@ def normal_levels() -> torch.Tensor:
 def dynamic_levels(signed: bool) -> torch.Tensor:
     """The 256 levels of the dynamic 8-bit map, fp32 ("8-bit Optimizers via Block-wise Quantization", section 1.3).
 
-    Seven decades from 1e-7 to 1; each larger decade has twice the levels of the one below, at the middles of equal parts of
-    its upper nine tenths. So of the smallest values little more than the decade is kept, of the largest two digits."""
+    Seven decades from 1e-7 to 1; each larger decade has twice the levels of the one below, at the middles of equal
+    parts of it. So of the smallest values little more than the decade is kept, of the largest two digits."""
     levels = [0.0, 1.0]
     for i in range(7):
         parts = 2**i if signed else 2 ** (i + 1)
@@ -86,8 +86,9 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.to(device)
 
 
-# The upper half of a float's bits says between which two middles (of neighbouring levels) it lies, leaving one in doubt at most.
-# So for each such half: how many middles are below the smallest float that has it (a negative one's lower bits are all set).
+# Floats with the same upper 16 bits lie so close together that among them is at most one middle (between two levels). So for each
+# such half: how many middles are below the smallest float that has it (a negative one's lower bits are all set), and with that
+# below all of them. One comparison then tells whether the one in doubt is.
 _UPPER = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
 _SMALLEST = torch.where(_UPPER < 0, _UPPER | 0xFFFF, _UPPER).view(torch.float32)
 _MIDDLES = {code: (code[:-1] + code[1:]) / 2 for code in (NF4_CODE, DYNAMIC_CODE, UNSIGNED_CODE)}
@@ -320,7 +321,8 @@ class NF4Linear(FrozenLinear):
 
 
 class Int8Linear(FrozenLinear):
-    """weight (out, in) -> int8 with one scale a row: w = q x absmax / 127 ("LLM.int8()", section 2.1). 8 bits a weight."""
+    """weight (out, in) -> int8 with one scale a row: w = q x absmax / 127 ("LLM.int8()", sections 2.1 and 3.1; x is not
+    quantised). 8 bits a weight."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__(weight)
@@ -389,6 +391,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 state = self.state[weight] = self.state[weight] or self._beginning(shard)
                 state["step"] += 1
                 step, keep = int(state["step"]), 1 - rate * group["weight_decay"]
+                # Both moments begin at 0, and so are too small at first: the mean's correction is put into the rate.
                 numbers = [keep, beta1, beta2, rate / (1 - beta1**step), 1 - beta2**step, group["eps"]]
                 seed = step * len(group["params"]) + place
                 adamw_op(shard.view(-1), grad.reshape(-1), *(state.get(name) for name in MOMENTS), numbers, seed)

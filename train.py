@@ -8,7 +8,7 @@ A step of fine-tuning:
 
     for each micro-batch:   loss = sum over supervised tokens of -log p(token) / supervised tokens in the whole step
                             backward: add d loss / d weight into .grad
-    clip the gradient to length 1; AdamW moves each trained weight by about the learning rate; forget the gradient
+    clip the gradient to length 1 at most; AdamW moves each trained weight by about the learning rate; forget the gradient
 
 The division by the step's own count, over every micro-batch and every rank (one of torchrun's processes), is what makes
 accumulation and more GPUs change nothing: a mean of means would weigh a token in a short reply more than one in a long reply.
@@ -62,7 +62,7 @@ class TrainConfig:
     method: Literal["lora", "qlora", "full"] = "lora"  # lora: adapters beside frozen weights; qlora: frozen in NF4; full: all
     quantize: Literal["none", "int8", "nf4"] = "none"  # keep the frozen weights of lora in 8 or 4 bits; qlora means nf4
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the computation; auto: bf16 on a GPU that has it, fp32 on a CPU
-    attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: never all scores at once; textbook: the readable four lines
+    attention: Literal["sdpa", "textbook"] = "sdpa"  # sdpa: never all scores at once; textbook: three lines one can read
     gradient_checkpointing: bool = False  # compute each block again in backward instead of keeping its activations
     compile: bool = False  # fuse each block's small operations into kernels made for it: a slow first step, then faster ones
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there, else CPU
@@ -100,7 +100,7 @@ class TrainConfig:
     adam_beta1: float = 0.9  # memory of AdamW's mean gradient: 1 / (1 - 0.9) = 10 steps
     adam_beta2: float = 0.999  # memory of its mean square: 1,000 steps; Llama's pre-training took 0.95, 20 steps
     adam_epsilon: float = 1e-8  # keeps its division finite
-    max_grad_norm: float = 1.0  # longest gradient: one odd batch moves the weights no further than others; 0: never clipped
+    max_grad_norm: float = 1.0  # a longer gradient is shortened to this, so that no odd batch throws the weights far; 0: never
     optimizer_in_backward: bool = False  # step each weight as its gradient is ready and forget that; needs --max_grad_norm 0
     seed: int = 42  # draws the adapters, the order of the data, the dropout
     # Several GPUs (torchrun --nproc_per_node N)
@@ -165,8 +165,9 @@ def build(config: TrainConfig, device: torch.device, sizes: ModelConfig | None =
 
 def sharding(config: TrainConfig, device: torch.device, workers: Workers):
     """FSDP ("PyTorch FSDP", section 3; ZeRO, section 5.3): each process keeps 1/N of every block, of its gradients and of its
-    optimizer state. A block is gathered for its forward, given back, gathered again for its backward; each then keeps the sum of
-    its share of the gradients. Packed NF4 is cut as the bytes it is. Returns what shards a module, or None."""
+    optimizer state. A block is gathered for its forward, given back, gathered again for its backward; each then keeps its share
+    of the mean gradient (training_step makes a sum of it). Packed NF4 is cut as the bytes it is. Returns what shards a module, or
+    None."""
     if not config.fsdp:
         return None
     dtype = computed_in(config, device)
@@ -222,7 +223,8 @@ def peak_learning_rate(config: TrainConfig, dim: int) -> float:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int, peak: float) -> float:
-    """The rate of step 0, 1, ..., total - 1: a straight rise over the warm-up, then the schedule down to 0."""
+    """The rate of step 0, 1, ..., total - 1: a straight rise over the warm-up, then the schedule, which would reach 0 in
+    step `total` (a constant one stays)."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -285,7 +287,7 @@ def training_step(config, model, optimizer, scaler, micro_batches, step: int, ra
 
 def step_in_backward(model: Llama, optimizer) -> None:
     """Have every weight stepped as soon as its gradient is complete, and the gradient forgotten: only one of them exists at a
-    time, and the optimizer passes over the weights that have none."""
+    time, and the optimizer skips the weights that have none."""
 
     def step(weight):
         optimizer.step()
@@ -397,7 +399,7 @@ def run(config: TrainConfig, data: Data, memory, workers: Workers) -> list[dict]
                 except NotFinite as error:
                     raise plan.explain(error, step, data.batches, workers.world) from None
             state["step"], seconds = step, time.perf_counter() - began
-            tokens = workers.world * sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)
+            tokens = int(workers.sum(sum(int((batch["tokens"] != PAD_ID).sum()) for batch in micro_batches)))
             log.step(step, tokens, seconds, epoch=step / plan.steps_per_epoch, learning_rate=rate, **row._asdict())
             if step == plan.total or (config.eval_steps and step % config.eval_steps == 0):
                 judge()

@@ -260,6 +260,8 @@ class Preparation:
         across = NearDuplicates(self.config.near)
         order = np.random.default_rng(self.config.seed).permutation(self.done["left"])
         held = {*order[: max(1, round(self.config.split * len(order)))].tolist()}
+        if len(held) == len(order) > 0:
+            raise DataError(f"--split {self.config.split} of {len(order)} records leaves none to train on")
         with open(self.work / "held.jsonl", "wb") as file:
             for i, (line, record) in enumerate(self.records()):
                 if i in held:

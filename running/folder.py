@@ -207,6 +207,8 @@ def save_final(config, model: Llama, data: Data, dtype: torch.dtype, workers: Wo
             held = ((name, whole(weight.detach()).to("cpu", dtype)) for name, weight in model.named_parameters())
             pairs = ((name, weight, written.get(name)) for name, weight in held)
         for name, weight, read in pairs:
+            if first and not weight.isfinite().all():
+                raise RunError(f"{name} holds NaN or infinity after the last step, and is not saved: lower --learning_rate")
             if first and not torch.equal(weight, read()):
                 raise RunError(f"{name} read back from {temporary} is not what was written: is the disk sound?")
         if first:

@@ -19,14 +19,15 @@ class RunError(ValueError):
 def check(config) -> None:
     """Raise RunError for a train.TrainConfig with a value out of range, or with two that exclude each other."""
     counts = "lora_rank model_max_length per_device_train_batch_size gradient_accumulation_steps logging_steps"
-    not_negative = "max_steps weight_decay max_grad_norm save_steps save_total_limit eval_steps samples hsdp"
+    not_negative = "max_steps max_grad_norm save_steps save_total_limit eval_steps samples hsdp"
     for names, ok, need in (
         (counts, lambda x: x >= 1, "at least 1"),
         (not_negative, lambda x: x >= 0, "0 or more"),
         ("lora_dropout eval_split warmup_ratio adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("num_train_epochs adam_epsilon lora_alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("num_train_epochs lora_alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("adam_epsilon", lambda x: 1e-30 <= x < math.inf, "at least 1e-30, which fp32 tells from 0, and finite"),
         ("seed", lambda x: 0 <= x < 2**64, "at least 0 and below 2 ** 64"),
-        ("learning_rate", lambda x: x is None or x >= 0, "0 or more"),
+        ("learning_rate weight_decay", lambda x: x is None or 0 <= x < math.inf, "0 or more and finite"),
     ):
         for name in names.split():
             if not ok(getattr(config, name)):

@@ -353,7 +353,7 @@ def reproduce() -> None:
     first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
     moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())
     stated = [
-        ("weights", 13.5e9, closed["weights"], counted["weights"], "its norms were never registered: 266,240 numbers fewer"),
+        ("weights", 13.5e9, closed["weights"], counted["weights"], "rounded; its norms, 0.0005, were never registered"),
         ("forward, first layer", 0.844e9, closed[first], counted[first], "theirs is what nvidia-smi rose by: segments"),
         ("forward, each other layer", 0.76e9, closed[other], counted[other], "likewise; its tensors are the next line"),
         ("  its tensors", 0.7172e9, closed[other], counted[other], "+ 0.537 for a softmax in fp32, + 0.004 for the mask,"),

@@ -37,10 +37,12 @@ def pick(config: GenerateConfig):
         doing.remove("--prompt")  # which is what it measures
     if len(doing) > 1:
         raise DataError(f"{' and '.join(doing)} are {len(doing)} things to do: give one of them")
-    needed = {"prompts": "out", "batch_size": "prompts", "port": "web", "host": "web", "compare": "adapter"}
+    needed = {"prompts": "out", "port": "web", "host": "web", "compare": "adapter"}
     for name, need in needed.items():
         if name in given and need not in given:
             raise DataError(f"--{name} needs --{need}")
+    if "batch_size" in given and not ({"prompts", "samples"} & given):
+        raise DataError("--batch_size needs --prompts or --samples: they are answered several at a time")
     if config.out and not {"prompts", "latency"} & given:
         raise DataError("--out needs --prompts or --latency")
     for name, right, need in (

@@ -181,7 +181,7 @@ def test_dropout_acts_in_training_only_and_on_the_correction_only():
 
 
 def test_scaling_is_alpha_over_rank_or_over_its_root():
-    linear, table = nn.Linear(8, 8, bias=False), nn.Embedding(8, 8)
+    linear, table = nn.Linear(16, 16, bias=False), nn.Embedding(8, 8)
     for kind, base in ((LoRALinear, linear), (LoRAEmbedding, table)):
         assert kind(base, 16, 32, 0.0, rslora=False).scaling == 2
         assert kind(base, 16, 32, 0.0, rslora=True).scaling == 8
@@ -229,6 +229,8 @@ def test_no_target_and_no_rank_are_errors(tiny_llama):
         add_lora(tiny_llama(), targets=[])
     with pytest.raises(LoRAError, match="rank"):
         add_lora(tiny_llama(), rank=0)
+    with pytest.raises(LoRAError, match="a rank of 33 is more than any 32 x 32 matrix has"):
+        add_lora(tiny_llama(), rank=33, targets=("wq",))
 
 
 def test_7b_with_rank_2_everywhere_trains_5_141_504_numbers():

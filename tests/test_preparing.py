@@ -424,6 +424,7 @@ def test_mistakes_get_one_sentence_and_leave_no_output(run, capsys, tmp_path):
     assert "--near must be from 0.3 to 1, not 2.0" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", near=2)
     assert "--seed must be from 0 to 2147483648, not -1" in refused(run, capsys, "stats", "a.jsonl", seed=-1)
     assert "--select must be from 0 to 2147483648, not -1" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", select=-1)
+    assert "leaves none to train on" in refused(run, capsys, "prepare", "a.jsonl", out="b.jsonl", split=0.02)
     assert "a.jsonl exists already" in refused(run, capsys, "prepare", "a.jsonl", out="a.jsonl")
     assert "say show, stats or prepare" in refused(run, capsys, "shew", "a.jsonl")
     assert "no_robots is not here: download" in refused(run, capsys, "stats", "no_robots")

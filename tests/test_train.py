@@ -1301,6 +1301,20 @@ def test_a_final_save_that_reads_back_otherwise_is_not_put_in_place(base, method
     assert not list((base / "run").glob("*.safetensors")) and (base / "run" / "checkpoint-2").exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved_and_not_blamed_on_the_disk(base, monkeypatch):
+    step = train_script.training_step
+
+    def harmful(config, model, *args):
+        result = step(config, model, *args)
+        model.norm.weight.data[0] = math.nan
+        return result
+
+    monkeypatch.setattr(train_script, "training_step", harmful)
+    with pytest.raises(RunError, match="norm.weight holds NaN or infinity after the last step, and is not saved"):
+        run(base, method="full", max_steps=1)
+    assert not list((base / "run").glob("*.safetensors"))
+
+
 ASKED_TO_STOP = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
@@ -1445,6 +1459,10 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_it_resumes(ba
         ({"model_max_length": 0}, "--model_max_length must be at least 1, not 0"),
         ({"max_steps": "ten"}, "invalid int value: 'ten'"),
         ({"num_train_epochs": "inf"}, "--num_train_epochs must be above 0 and finite, not inf"),
+        ({"learning_rate": "inf"}, "--learning_rate must be 0 or more and finite, not inf"),
+        ({"weight_decay": "inf"}, "--weight_decay must be 0 or more and finite, not inf"),
+        ({"adam_epsilon": 1e-60}, "--adam_epsilon must be at least 1e-30"),
+        ({"lora_rank": 10**5}, "a rank of 100000 is more than any 32 x 32 matrix has"),
         ({"seed": 2**64}, "--seed must be at least 0 and below 2 ** 64, not 18446744073709551616"),
         ({"model": "/nowhere"}, "no model at /nowhere: it is not a folder"),
         ({"model_max_length": 5000}, "is more than the 4096 tokens the model was trained to read"),

@@ -31,7 +31,7 @@ def rename(name: str, table: dict[str, str]) -> str:
     return name[1:]
 
 
-def _reorder(name: str, tensor: torch.Tensor, config, pairs: tuple[int, int]) -> torch.Tensor:
+def _reorder(name: str, tensor: torch.Tensor, pairs: tuple[int, int]) -> torch.Tensor:
     """Query and key rows belong to RoPE's pairs: Meta keeps a pair side by side, Hugging Face half a head apart.
     Only what has these rows is touched: the weight itself, and LoRA's B; LoRA's A has rank rows."""
     if not (".wq." in name or ".wk." in name) or "lora_A" in name:
@@ -42,10 +42,10 @@ def _reorder(name: str, tensor: torch.Tensor, config, pairs: tuple[int, int]) ->
 def to_hf(name: str, tensor: torch.Tensor, config) -> tuple[str, torch.Tensor]:
     """A tensor of this model (`layers.0.attention.wq.weight`) with Hugging Face's name and row order
     (`model.layers.0.self_attn.q_proj.weight`). Adapters too: `layers.0.attention.wq.lora_B.weight`."""
-    return rename(name, TO_HF), _reorder(name, tensor, config, (config.head_dim // 2, 2))
+    return rename(name, TO_HF), _reorder(name, tensor, (config.head_dim // 2, 2))
 
 
 def from_hf(name: str, tensor: torch.Tensor, config) -> tuple[str, torch.Tensor]:
     """The inverse of `to_hf`, exact to the bit."""
     name = rename(name, FROM_HF)
-    return name, _reorder(name, tensor, config, (2, config.head_dim // 2))
+    return name, _reorder(name, tensor, (2, config.head_dim // 2))
