@@ -23,6 +23,15 @@ def is_picture(path: str) -> bool:
     return Path(path).suffix in (".png", ".pdf", ".svg") and Path(path).parent.is_dir() and not Path(path).is_dir()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Name the file in the error of a write that fails: of a full disk the system says no more than that."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from None
+
+
 def flush_to_disk(path: Path) -> None:
     """Return when a file, or a folder's list of names, would survive the machine losing power."""
     handle = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ from itertools import chain, islice
 import numpy as np
 
 from data import IGNORE, Template, Tokenizer, choose_template, encode_dialog, has_reply, pack
+from helping.files import writing
 from preparing.commands import DataConfig
 from preparing.readers import DataError
 from preparing.records import read_records
@@ -93,4 +94,5 @@ def stats(config: DataConfig, inputs, tokenizer: Tokenizer) -> None:
             raise DataError("--plot needs matplotlib: pip install matplotlib") from None
         figure = Figure()
         figure.subplots(subplot_kw={"xlabel": "tokens of a record", "ylabel": "records"}).hist(sizes, bins=60)
-        figure.savefig(config.plot)
+        with writing(config.plot):
+            figure.savefig(config.plot)

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from helping.files import flush_to_disk
+from helping.files import flush_to_disk, writing
 from running.settings import RunError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is told that it is one
@@ -86,8 +86,12 @@ def put_back(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there if that failed
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data import DataError, Tokenizer
-from helping.files import alone, peak_memory
+from helping.files import alone, peak_memory, writing
 from lora import lora_parameters, read_adapter, save_adapter
 from model import Llama, ModelConfig, from_hf, open_checkpoint, save_hf, to_hf
 from running.checkpoint import checkpoints, trained_weights, write_text, written_whole
@@ -141,7 +141,8 @@ class Log:
     def record(self, **row) -> None:
         self.rows.append(row)
         if self.workers.first:
-            with open(self.folder / "log.jsonl", "a") as file:
+            path = self.folder / "log.jsonl"
+            with writing(path), open(path, "a") as file:
                 file.write(as_line(row))
 
     def step(self, step: int, tokens: int, seconds: float, **row) -> None:
@@ -181,7 +182,8 @@ class Log:
             axes.plot(*zip(*points, strict=True), label=key, marker="" if key == "loss" else "o")
         axes.set(xlabel="step", ylabel="loss, nats per supervised token", title=self.folder.name)
         axes.legend()
-        figure.savefig(self.folder / "loss.png", dpi=120)
+        with writing(self.folder / "loss.png"):
+            figure.savefig(self.folder / "loss.png", dpi=120)
         pyplot.close(figure)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import memory
 import train
-from helping.files import is_picture
+from helping.files import is_picture, writing
 from helping.flags import parse_flags, with_tuples
 from memory import Timeline, measure, predict
 from model import PRESETS, read_config
@@ -210,7 +210,8 @@ def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
         axes.axhline((gpu.memory - gpu.context) / 1e9, color="red", label=f"{gpu.name}, less the CUDA context")
     axes.set(ylabel="GB allocated", title=title)
     axes.legend(loc="lower right", fontsize=8)
-    pyplot.savefig(path, dpi=120)
+    with writing(path):
+        pyplot.savefig(path, dpi=120)
 
 
 def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data import DataError, encode_dialog
 from generate import GenerateConfig, Sampling, answers, generate, text_stream
+from helping.files import writing
 from preparing.records import dialog_of, read_records
 from talking.latency import report
 from talking.merge import merge, save
@@ -280,7 +281,7 @@ def answer_file(voices: list[Voice], config: GenerateConfig) -> None:
                 jobs.append((voice, ids, line | {"sampling": json.loads(json.dumps(settings)), "messages": dialog}))
 
     path, other = Path(config.out), "is not an answer to these prompts with these flags: name a new --out"
-    with open(path, "ab+") as file:
+    with writing(path), open(path, "ab+") as file:
         file.seek(0)
         *there, rest = file.read().split(b"\n")
         for number, (line, (_, _, job)) in enumerate(zip(there, jobs, strict=False), start=1):

@@ -12,7 +12,7 @@ import torch
 
 from data import DataError, encode_dialog
 from generate import Sampling, generate, text_stream
-from helping.files import peak_memory
+from helping.files import peak_memory, writing
 from quant import QUANTIZERS
 from talking.cpu import CPUNF4
 
@@ -89,7 +89,7 @@ def report(voices: list, config) -> None:
     except (ValueError, LookupError, TypeError):
         raise DataError(f"{path} holds other lines than --latency's: name a new --out") from None
     line = {"model": Path(voices[-1].name).resolve().name} | measure(*voices[-1][1:], text)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print("| model | weights | compiled | device | 50 tokens, s | first token, s | tokens/s | GB/s | of a copy | peak GB |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 
 from data import DataError
 from generate import GenerateConfig
@@ -51,7 +52,10 @@ def save_folder(voice: Voice, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as beside:
         temporary = Path(beside) / folder.name  # a folder as any other: the one around it is its owner's alone
-        save_hf(voice.model, temporary)
-        voice.tokenizer.save(temporary, voice.model.config.max_seq_len)
-        write_chat_template(temporary, voice.template)
-        temporary.rename(folder)
+        try:
+            save_hf(voice.model, temporary)
+            voice.tokenizer.save(temporary, voice.model.config.max_seq_len)
+            write_chat_template(temporary, voice.template)
+            temporary.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{folder} could not be written, and nothing is left of it: {error}") from None

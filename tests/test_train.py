@@ -632,11 +632,18 @@ def test_a_save_gets_its_name_when_its_files_are_on_the_disk_and_then_that_is_to
     assert sorted(flushed[:2]) == [("a", False), ("b", False)] and flushed[2:] == [(tmp_path.name, True)]
 
 
-def test_a_text_that_cannot_be_written_leaves_the_one_before(tmp_path):
+def test_a_text_that_cannot_be_written_leaves_the_one_before_and_names_the_file(tmp_path, monkeypatch):
     checkpoint_script.write_text(tmp_path / "run.json", "first")
     with pytest.raises(UnicodeEncodeError):
         checkpoint_script.write_text(tmp_path / "run.json", "\ud800")
-    assert (tmp_path / "run.json").read_text() == "first"
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=r"run\.json could not be written: No space left on device$"):
+        checkpoint_script.write_text(tmp_path / "run.json", "second")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("run.json", "first")]
 
 
 def test_what_befell_a_save_is_told_at_the_end_unless_the_run_ends_for_a_reason_of_its_own(base):
