@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a public door of this file
 from sizing.depth import FEW, deepen, layer_of
 from sizing.formula import KEPT, SENT
-from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm
+from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm, fused_dropout
 from sizing.shards import MOVED, OFFLOADED, processes, told
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,8 +347,8 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
     fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else nullcontext()
     scratch = (SCRATCH if gpu else {}) | (OFFLOADED if run.config.cpu_offload and dry else {})
     away = KEPT if run.config.cpu_offload and dry else ()
-    norm = patch("torch.nn.functional.rms_norm", FusedNorm.apply) if gpu and dry else nullcontext()
-    with fake, norm, Tracker(scratch, run.supervised if dry else None, away) as tracker:
+    fused = patch.multiple("torch.nn.functional", rms_norm=FusedNorm.apply, dropout=fused_dropout)  # CUDA's kernels
+    with fake, fused if gpu and dry else nullcontext(), Tracker(scratch, run.supervised if dry else None, away) as tracker:
         perform(run, tracker, prepare)
     return tracker
 

@@ -34,6 +34,7 @@ def cheaper(flags, nproc: int = 1, half: str = "bf16") -> list[tuple[str, dict]]
         (nproc > 1 and not flags.fsdp, f"in shards over the {nproc} GPUs", {"fsdp": True}),
         (flags.dtype == "fp32" and (alone or half == "bf16"), "computed in 16 bits", {"dtype": half}),
         (not flags.gradient_checkpointing, f"a {'quarter' if full else 'half'} more time", {"gradient_checkpointing": True}),
+        (flags.lora_dropout and not full, "no dropout, of which every adapter keeps its own input", {"lora_dropout": 0.0}),
         (full and flags.optim == "adamw", "the same losses within 1 %", {"optim": "adamw_8bit"}),
         (full and not flags.pure_bf16 and flags.dtype == "bf16", "no fp32 weights", pure),
         (one, "one gradient at a time, never clipped", {"optimizer_in_backward": True, "max_grad_norm": 0.0}),
@@ -56,11 +57,12 @@ def advice(sizes, flags, gpu: GPU, nproc: int, needed=needed) -> list[dict]:
     """Each change by itself; if none is enough, one after the other together; then more GPUs. [{change, bytes, fits}]
 
     Who trains every weight is told of adapters, but all else comes before them. needed: what says the bytes."""
-    found, full = [], flags.method == "full"
+    found, full, now = [], flags.method == "full", needed(sizes, flags, gpu, nproc)
 
     def fits(change, flags, nproc=nproc):
         size = needed(sizes, flags, gpu, nproc)
-        found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
+        if size < now:  # else it is no help
+            found.append({"change": change, "bytes": size, "fits": size <= gpu.memory})
         return size <= gpu.memory
 
     ways = cheaper(flags, nproc, gpu.dtype)
@@ -77,14 +79,14 @@ def advice(sizes, flags, gpu: GPU, nproc: int, needed=needed) -> list[dict]:
                 return found
         for count in sorted({nproc, 2, 4, 8, 16} - {*range(nproc), 1}):
             for more in ({}, {"cpu_offload": True}):
-                words = f"the same, sharded over {count} GPUs: --nproc {count} --fsdp" + " --cpu_offload" * bool(more)
+                words = f"--nproc {count} {spelled(sharded(tried, **more), flags)}, sharded over {count} GPUs"
                 if fits(words, sharded(tried, **more), count):
                     return found
     return found
 
 
 def listed(ways: list[dict]) -> str:
-    title = "What would help:" if any(way["fits"] for way in ways) else "None of this is enough:"
+    title = "What would help (estimates):" if any(way["fits"] for way in ways) else "None of this is enough:"
     rows = (f"\n  {way['bytes'] / 1e9:>8.2f} GB  {'fits' if way['fits'] else 'no':5} {way['change']}" for way in ways)
     return f" {title}{''.join(rows)}"
 

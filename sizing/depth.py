@@ -50,9 +50,13 @@ def deepen(diary: list[tuple], n: int) -> list[tuple]:
                     part, name = block
                     deep.append((0, (part, name if layer is None else f"{name.split()[0]} {turn}")))
                 elif block.layer is not None:
-                    key = block.layer + turn - layer, numbers[block]
-                    made[key] = made.get(key) or replace(block)
-                    deep.append((what, made[key]))
+                    places = [block.layer + turn - layer]
+                    if layer != 2 and abs(block.layer - layer) > 1:  # of all layers at once, as when backward ends
+                        places = range(2, n - 2) if block.layer == 2 else [block.layer + more * (block.layer > 2)]
+                    for place in places:
+                        key = place, numbers[block]
+                        made[key] = made.get(key) or replace(block)
+                        deep.append((what, made[key]))
                 elif turn == turns[0]:
                     deep.append((what, block))
                     if block is buckets:  # DDP's, which it cuts without regard to layers

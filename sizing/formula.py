@@ -97,40 +97,56 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     else:
         one = [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
     every = f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g"
-    term("gradients", *(one if within else [every]))
+    hybrid = 0 < flags.hsdp < nproc  # sums over the copies stay in fp32 to backward's end; if not rounded they are the gradients
+    term("gradients", *(one if within and not (hybrid and kept_in == 4) else [every]))
     term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
     term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
     if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
         term("gathered weights", "3 * G + R", "2 * G + 2 * R")
-        term("gradients to reduce", "B")
+        outside = not full and "tok_embeddings" not in moved  # the head's adapter, at the end of the first block's backward
+        term("gradients to reduce", "B", *["R - (2 * V + 1) * C * s"] * outside)
 
     # What a block keeps. Its norms: their inputs and what uses their results; on a CPU the inputs in fp32, and what a trained
     # weight is multiplied with.
-    used = bool(moved & {"wq", "wk", "wv"}) + bool(moved & {"w1", "w3"})  # of the two norms' results
+    # With dropout every adapter has an input of its own, and a mask of what was zeroed in it.
+    dropped, mask = flags.lora_dropout > 0 and not full, 1 if gpu else b  # bytes a number
+    plain = set() if dropped else moved  # whose adapters multiply with what is there anyway
+    used = bool(plain & {"wq", "wk", "wv"}) + bool(plain & {"w1", "w3"})  # of the two norms' results
     if gpu:
         norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
     else:
         norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
-    attention = f"T * ({1 + ('wo' in moved)} * C + 2 * K) * b"  # q, k, v, the result where it is multiplied with
+    attention = f"T * ({1 + ('wo' in plain)} * C + 2 * K) * b"  # q, k, v, the result where it is multiplied with
     if not in_blocks:  # PyTorch's kernel keeps it in any case, and one fp32 number a row
-        attention = f"T * ({2 + ('wo' in moved)} * C + 2 * K) * b + T * H * 4"
+        attention = f"T * ({2 + ('wo' in plain)} * C + 2 * K) * b + T * H * 4"
     if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
         # Forward, at work: softmax's input in 16 bits and in fp32, its result; with masters the norm's copies are there.
         scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"
-        attention = f"T * {3 + ('wo' in moved)} * C * b + H * T * T * {6 if half else 4} + T * T"
+        attention = f"T * {3 + ('wo' in plain)} * C * b + H * T * T * {6 if half else 4} + T * T"
     elif gpu and half:  # k and v are repeated for every query head
         attention = "T * 4 * C * b + T * H * 4"
-    block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in moved)} * b"
+    block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in plain)} * b"
     if not full and (adapted := moved & inside.keys()):
         block += f" + T * r * {len(adapted)} * b" + f" + r * {sum(sum(inside[x]) for x in adapted)} * 2" * half
+        if dropped:
+            block += f" + T * {sum(inside[x][1] for x in adapted)} * {b + mask}"
     copies = " + W * 2" * masters  # of the weights, by autocast
     head_only = moved == {"output"}  # no block has a backward
     kept = "0" if head_only else "T * C * s" if again else block + copies  # with checkpointing only the block's input
     made_by_nothing_trained = not (again or head_only or full or "tok_embeddings" in moved)  # such an input needs no gradient
     reads, of_none = moved & {"wq", "wk", "wv"}, f" - T * C * {s if gpu else 4}"
-    if not reads and "wo" not in moved:  # nor does the second norm's input, nor attention
-        reads, of_none = moved & {"w1", "w3"}, f"{of_none} * 2 - ({attention})"
-    of_none += f" - r * C * {len(reads)} * 2" * half  # A serves that only
+    if not reads:  # nor does what attention makes, but for wo's input
+        reads, of_none = moved & {"wo"}, f"{of_none} - ({attention})" + " + T * C * b" * ("wo" in plain)
+        if not reads:  # nor the second norm's input
+            reads, of_none = moved & {"w1", "w3"}, f"{of_none} - T * C * {s if gpu else 4}"
+            if not reads:  # nor what is multiplied by silu(gate)
+                reads, of_none = moved & {"w2"}, f"{of_none} - 2 * T * F * b"
+    elif flags.attention == "textbook":  # q is for k's gradient, k for q's, v and softmax in fp32 for theirs, in 16 bits for v's
+        scored = reads & {"wq", "wk"}
+        of_none += f" - T * C * {2 - len(scored) + (not scored)} * b"
+        of_none += f" - T * T - H * T * T * {4 * half}" * (not scored) + " - H * T * T * 2" * (half and "wv" not in reads)
+    served = sum(inside[x][1] for x in reads)  # width of inputs
+    of_none += f" - r * {served} * 2" * half + f" - T * {served} * {mask}" * dropped  # A serves that only, and so does the mask
     term("activations, first layer", kept + of_none * made_by_nothing_trained)
     term("activations, last layer", kept if L > 1 else "0")
     term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
@@ -142,7 +158,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     # On a CPU its norm's input in fp32 instead of 16 bits, too, and what a trained weight is multiplied with.
     held = f"{3 - head_only} * T * C * s{kept}"
     if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
-        held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}"
+        held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}" + f" + n * C * {mask + b * half}" * dropped
     moments = [f"8 * n * V + {3 if 'output' in moved else 1} * n * C * s"]  # with an adapter: its part, the head's, their sum
     if half:  # in an adapter's gradient, which is rounded to 16 bits and not yet added: no more than two of n x V
         moments = ["10 * n * V"] + ["8 * n * V + r * V * 4"] * ("output" in moved)
@@ -152,7 +168,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         moments += [f"8 * n * V + {1 + several} * V * C * g + n * C * b"]
     moments = [f"{text} + {held}" for text in moments]
     apart = f"T * C * {20 if s == 4 else 22}"  # a CPU's norm, backward: five tensors in fp32, and what comes if in 16 bits
-    moments += [apart + " + V * C * g" * (full and not (within or buckets))] * (not gpu)
+    heads = " + V * C * g" if full else " + r * (V + C) * 4" * ("output" in moved)  # gradients, or those of its adapter
+    moments += [apart + heads * (not (within or buckets))] * (not gpu)
     if full and within and not flags.fsdp:  # the head is stepped
         moments.append(f"V * C * g + T * C * s{kept}")
     # This GPU's part of a block, when its weights are not what is gathered: FSDP rounds it, or brings it from the host.
@@ -174,11 +191,17 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         if "w2" in moved:  # of its adapter A's gradient is not yet fp32, and B's 16 bits are no longer needed
             rises = ["2 * T * F * b + r * F * b" + f"{sign}r * C * 4" * bool(sign) + " - r * C * 2" * half]
         if flags.quantize != "none":
-            rises += ["T * F * b + C * F * b", "C * F * b + 2 * T * C * b" if again else "C * F * b"]
+            # w2 at work in forward: its weight; its result, and of the norm what no adapter keeps: its result, on a CPU its input
+            # in 16 bits. If forward is computed again, but w2 keeps nothing, it ends with w3, when w2's part in backward is done.
+            norm = (not plain & {"w1", "w3"}) + (half and not gpu)
+            forth = f"C * F * b + T * C * {1 + norm} * b" + " + T * F * b" * ("w2" not in plain)
+            back = "T * F * b + C * F * b"
+            rises += [back] + [forth if "w2" in moved else f"{back} + T * C * {norm} * b"] * again
     # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
     # While attention is at work: the result of the first norm, gradients of what is behind, 16-bit copies of wq, wk, wv.
     late, left = moved & {"wq", "wk", "wv"}, []
     here = (6 if masters else b * bool(full or late)) + (0 if gpu else 4 * (half + full))  # bytes a number, as in `norms`
+    here += ((b + mask) * len(late) - b * bool(late)) * dropped
     now, then = (sum(sum(inside[x]) for x in names) for names in (moved & inside.keys() - late, late))  # width of adapters
     if full:
         others = f"{sign}(W - C * C - 2 * C * K) * g" * bool(sign)
@@ -215,29 +238,32 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
         term("a block's backward", *rises, *(f"{text} - ({kept})" for text in left))
 
     # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
-    always = "weights + adapters + optimizer_state + cuBLAS_workspace + "
-    stays = always + "gradients + " * buckets
     if flags.cpu_offload:
-        term("in the host's memory", "weights + adapters + gradients + optimizer_state")
-        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state", "M"), 0)
+        saved = [f"weights + optimizer_state + 2 * V * C * {kept_in}"] * full  # a whole matrix, put together of what came
+        term("in the host's memory", "weights + adapters + gradients + optimizer_state", *saved)
+        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state"), 0)
+    always = "".join(f"{x} + " for x in ("weights", "adapters", "optimizer_state", "cuBLAS_workspace") if known[x])
+    stays = always + "gradients + " * buckets
     first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
-    earlier = " + gradients" * (added and not buckets)  # of the rows before
+    earlier = " + gradients" * (added and not (buckets or flags.cpu_offload))  # of the rows before
     backward = " + a_block_backward + T * C * s"
     if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
-        made, head = "0" if flags.cpu_offload or within else f"W * {kept_in} / P" if full else "M * 4 / L", " + V * C * g" * full
+        each = 0 if flags.cpu_offload or within or earlier else kept_in  # bytes a number of what a block leaves
+        each += 4 * (hybrid and (kept_in == 2 or (each == 0 and not flags.cpu_offload)))
+        one, most, all_ = (f" + {count}B / P * {each} / 4" * bool(each) for count in ("", "(L - 2) * ", "L * "))
         moments = [
             stays + "2 * G + 2 * R + T * C * s" + earlier,  # the first block; the last
             stays + f"{first} + activations_middle_layers + T * C * s + 3 * G + R" + earlier,
             stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
-            stays + activations + earlier + head + backward + " + 2 * G + R",
-            stays + f"{first} + activations_middle_layers + B + 2 * G + R" + (earlier or f" + {made}") + head + backward,
-            stays + f"2 * {first} + B + 2 * G + R" + (earlier or f" + (L - 2) * {made}") + head + backward,
+            stays + activations + earlier + heads + backward + " + 2 * G + R",
+            stays + f"{first} + activations_middle_layers + B + 2 * G + R" + earlier + one + heads + backward,
+            stays + f"2 * {first} + B + 2 * G + R" + earlier + most + heads + backward,
         ]
         # At last what is in no block: copied to be reduced in fp32; reduced, and rounded to what is kept, the head's still there.
-        blocks = stays + ("gradients" if earlier else f"L * {made}") + " + 2 * V * C * "
+        blocks = stays + (earlier + all_)[3:] + " + " * bool(earlier or all_) + "2 * V * C * "
         moments += [f"{blocks}(4 + g)", f"{blocks}(4 + {4 if kept_in == 4 else 4 + kept_in} / P) + V * C * g"] * full
     else:
-        head = earlier or " + V * C * g" * (full and not within)  # the head's gradient, or those of the rows before
+        head = earlier or heads * (not within)  # or those of the rows before
         if buckets:  # which has its place, and with it goes that of the rows before
             head = " - V * C * g" * (full and added)
         moments = [
@@ -261,6 +287,8 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
             made = "0" if buckets else f"gradients - {last}"
             moments.append(stays + f"{made} + {first}" + backward)
             moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * (full and (added or buckets)))
+    if not (full or again) and flags.quantize != "none":  # the last block, forward
+        moments.append(f"{stays}{activations} + T * C * s + {forth}{earlier}" + " + 2 * G + R" * flags.fsdp)
     term("allocated peak", *moments)
     if flags.cpu_offload:
         terms = {name: term for name, term in terms.items() if name not in KEPT}

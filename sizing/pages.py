@@ -16,10 +16,12 @@ from helping.files import is_picture, writing
 from helping.flags import parse_flags, with_tuples
 from memory import Timeline, measure, predict
 from model import PRESETS, read_config
+from running.settings import check_processes
 from sizing.advice import advice, listed, needed, sharded, spelled
-from sizing.formula import formula, letters, linears, simulated
+from sizing.formula import formula, letters, linears, outer, simulated
 from sizing.gpu import GPU, GPUS, find_gpu
 from sizing.rehearsal import Rehearsal, copied
+from weights.reading import is_in_4_bits
 
 TOTALS = {"allocated peak": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia_smi"}  # as printed, as in --json
 GENERIC = GPU("a GPU", 0)  # for who names none
@@ -85,11 +87,19 @@ def answer(words: list[str]) -> None:
         dtype = given.get("dtype", "auto") if given.get("dtype", "auto") != "auto" else usual
         return train.TrainConfig(**packed | given | {"dtype": dtype, "method": method} | more)
 
+    targets = {"all-linear", *linears(sizes), *outer(sizes)}
+    if unknown := {*given.get("lora_targets", ())} - targets:
+        raise ValueError(f"unknown LoRA target {', '.join(sorted(unknown))}: known are {', '.join(sorted(targets))}")
+    in_4_bits = name not in PRESETS and is_in_4_bits(name)
     if is_grid:
-        return grid(name, sizes, make, on, nproc, mine.json)
-    flags = make(given.get("method", "lora"))
+        return grid(name, sizes, make, on, nproc, mine.json, ["qlora"] if in_4_bits else ["full", "lora", "qlora"])
+    flags = make(given.get("method", "qlora" if in_4_bits else "lora"))
+    if in_4_bits and flags.quantize != "nf4":
+        raise ValueError(f"{name} is packed in 4 bits: --quantize nf4, or --method qlora, uses it so")
     if mine.solve:
-        return print(solve(mine.solve, sizes, flags, gpu, nproc))
+        again = "with" if flags.gradient_checkpointing else "without"
+        of = f"for {name}, {flags.method} in {flags.dtype}, {again} --gradient_checkpointing"
+        return print(solve(mine.solve, sizes, flags, gpu, nproc), of, sep="; ")
     line = simulate(flags, sizes, on, nproc)
     real = measure(Rehearsal(flags, sizes, torch.device("cuda", 0)), torch.device("cuda", 0)) if mine.measure else None
 
@@ -122,7 +132,9 @@ def answer(words: list[str]) -> None:
             print(f"\n{copy['host_copy'] / 1e9:.2f} GB more of the host's memory: the copy for --async_save")
         if verdict:
             fits, room = verdict["fits"], abs(gpu.memory - need) / 1e9
-            print(f"\nIt {'fits' if fits else 'does not fit'}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
+            narrow = " narrowly, as a context differs by 0.1 GB" * (room <= 0.1)
+            says = ("fits" if fits else "does not fit") + narrow
+            print(f"\nIt {says}: {gpu.name} has {gpu.memory / 1e9:.2f} GB, {room:.2f} ", end="")
             print("stay free." if fits else f"too few.{listed(verdict['changes'])}")
         elif on:
             held = holders(lambda gpu: line.reserved + gpu.context)
@@ -214,10 +226,11 @@ def plot(line: Timeline, path: str, gpu: GPU | None, title: str) -> None:
         pyplot.savefig(path, dpi=120)
 
 
-def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
-    """full, LoRA and QLoRA at 1k to 8k tokens with checkpointing, by the formula, and which GPUs hold each."""
+def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool, methods: list[str]) -> None:
+    """Each method at 1k to 8k tokens with checkpointing, by the formula, and which GPUs hold each."""
     rows, best = [], {}
-    for method in ("full", "lora", "qlora"):
+    for method in methods:
+        check_processes(make(method), nproc)
         for tokens in (1024, 2048, 4096, 8192):
             batch = max(1, tokens // sizes.max_seq_len)
             row = {"per_device_train_batch_size": batch, "model_max_length": tokens // batch, "gradient_checkpointing": True}
@@ -235,19 +248,21 @@ def grid(name: str, sizes, make, gpu: GPU, nproc: int, as_json: bool) -> None:
     table("GB (10^9 bytes)", ["needed"], lines, 20)
     print()
     if not gpu.memory:
-        print("--method shows one of them in full; --gpu NAME says what that GPU can do.")
-    elif best:
+        return print("--method shows one of them in full; --gpu NAME says what that GPU can do.")
+    if best:
         most = [f"{x} to {y[-1].per_device_train_batch_size * y[-1].model_max_length} tokens" for x, y in best.items()]
         print(f"On {gpu.name} ({gpu.memory / 1e9:.2f} GB): {', '.join(most)}")
         tried = best.get("full", []) + best.get("qlora", []) + best.get("lora", [])  # lora's longest first
         begin = next((x for x in tried[::-1] if confirmed(sizes, x, gpu, nproc) <= gpu.memory), None)
-        print(f"To begin with: {command(begin, gpu, nproc)}" if begin else "None leaves room for the allocator: --solve length")
-    else:
-        least = make("qlora", model_max_length=512, gradient_checkpointing=True)
+        if begin:
+            return print(f"To begin with: {command(begin, gpu, nproc)}")
+        print("None leaves room for the allocator.")
+    least = make("qlora", model_max_length=512, gradient_checkpointing=True)
+    if not best:
         print(f"None fits whole on {gpu.name} ({gpu.memory / 1e9:.2f} GB): the least, qlora at 512 tokens, takes ", end="")
         print(f"{needed(sizes, least, gpu, nproc) / 1e9:.2f} GB.")
         print(f"  one GPU that holds it: {holders(lambda gpu: needed(sizes, least, gpu))}")
-        print(f"  {within(sizes, make, gpu, nproc) if nproc > 1 else fewest(sizes, least, gpu)}")
+    print(f"  {within(sizes, make, gpu, nproc) if nproc > 1 else fewest(sizes, least, gpu)}")
 
 
 def command(flags, gpu: GPU, nproc: int) -> str:

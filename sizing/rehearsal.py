@@ -108,8 +108,7 @@ class Memory:
 
     def predict(self) -> str:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
-        # A group of --hsdp holds what so many processes alone would hold: copies of it are summed where their gradients are.
-        config, processes = dataclasses.replace(self.config, hsdp=0), self.config.hsdp or self.workers.world
+        config, processes = self.config, self.workers.world
         cpu = torch.device("cpu")
         run = Rehearsal(config, self.sizes, cpu, self.gpu is not None, self.supervised, processes, self.documents, self.borders)
         try:

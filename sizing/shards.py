@@ -67,8 +67,10 @@ def processes(count: int):
 
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    real = dist.group.WORLD
+    real, world = dist.group.WORLD, dist.distributed_c10d._world
+    named = world.group_count  # by which all processes call their next group: no number of theirs is used here
     if real:  # train.py's own: it waits
+        world.group_count += 10**6 * len(world.pg_names)
         dist.group.WORLD = dist.new_group(list(range(count)), backend="fake", use_local_synchronization=True)
     else:
         dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
@@ -79,6 +81,6 @@ def processes(count: int):
     finally:
         _clear_sharding_prop_cache()  # what was worked out for these processes would be used for a real group of the same size
         if real:
-            dist.group.WORLD = real
+            dist.group.WORLD, world.group_count = real, named
         else:
             dist.destroy_process_group()

@@ -282,10 +282,14 @@ def test_the_prediction_of_a_sharded_run_is_the_count_of_a_real_one_on_two_proce
                 assert least == pytest.approx(sum(phase[moment].values()), abs=512), (phase, real)
 
 
-@pytest.mark.parametrize("name", ["qlora", "full-16-bit", "ddp-lora", "ddp-full"])
-def test_a_deep_model_on_several_gpus_follows_from_five_of_its_layers_to_the_byte(name):
-    run = rehearsal(SHARDED[name], replace(SIZES, n_layers=8), processes=2)
-    with processes(2):
+COPIES = {"fsdp": True, "hsdp": 2, "gradient_accumulation_steps": 2}
+ON_FOUR = [*(SHARDED[name] for name in ("qlora", "full-16-bit", "ddp-lora", "ddp-full")), COPIES, PURE | COPIES]
+
+
+@pytest.mark.parametrize("flags", ON_FOUR)
+def test_a_deep_model_on_several_gpus_follows_from_five_of_its_layers_to_the_byte(flags):
+    run = rehearsal(flags, replace(SIZES, n_layers=8), processes=4)
+    with processes(4):
         deep = timeline(watch(run, True).diary)
     assert as_plain(predict(run)) == as_plain(deep)
 
@@ -306,6 +310,7 @@ def test_what_waits_in_the_hosts_memory_is_not_on_the_gpu():
 TEXTBOOK = {"attention": "textbook"}
 SHARDS = {"fsdp": True}
 ROWS = {"gradient_accumulation_steps": 2}
+DROP = {"lora_dropout": 0.1}
 OUTER = {"lora_targets": ("wq", "tok_embeddings", "output"), "lora_rank": 64}
 COMPARED = [  # preset, flags, tokens, processes
     ("7b", {}, 2048, 1),
@@ -362,6 +367,20 @@ COMPARED = [  # preset, flags, tokens, processes
     ("7b", FULL | SHARDS | {"optim": "adamw_8bit"}, 256, 8),  # the loss: a block's part is rounded
     ("1b", SHARDS | {"lora_rank": 256, "cpu_offload": True}, 256, 2),  # a block's part is brought from the host
     ("1b", PURE | WITHIN | SHARDS, 512, 3),
+    ("1b", PURE | AGAIN | SHARDS | {"hsdp": 4}, 1024, 8),  # sums over the copies stay to the end of backward
+    ("1b", FULL | ROWS | SHARDS | {"hsdp": 2}, 1024, 4),
+    ("1b", PURE | AGAIN | SHARDS | {"hsdp": 4, "cpu_offload": True}, 1024, 8),
+    ("7b", DROP, 2048, 1),
+    ("7b", QLORA | AGAIN | DROP, 1024, 1),
+    ("1b", QLORA | DROP | {"lora_targets": ("all-linear", "output")}, 2048, 1),
+    ("1b", {"dtype": "fp32", "lora_targets": ("all-linear", "output")} | DROP, 1024, 1),
+    ("1b", {"quantize": "int8", "lora_targets": ("wq", "wv")} | AGAIN | DROP, 512, 1),
+    ("1b", TEXTBOOK | DROP | {"lora_targets": ("wv", "w1", "w3")}, 2048, 1),  # softmax is kept for v's gradient alone
+    ("125m", TEXTBOOK | {"lora_targets": ("wq",)}, 1024, 1),
+    ("1b", {"lora_targets": ("wo",)}, 2048, 1),  # of attention only the result is kept in the first layer
+    ("1b", {"lora_targets": ("w2",)}, 2048, 1),
+    ("1b", QLORA | {"lora_targets": ("wo",)} | ROWS | SHARDS, 2048, 4),  # the peak is in forward, where w2 is turned back
+    ("125m", {"lora_targets": ("all-linear", "output"), "lora_rank": 64} | AGAIN | SHARDS, 2048, 4),  # the head's
 ]
 
 
@@ -389,6 +408,7 @@ def test_every_term_of_the_formula_is_what_is_counted_at_full_depth_within_a_hun
 
 BF16 = {"dtype": "bf16"}
 ON_A_CPU = [{}, AGAIN, FULL, FULL | AGAIN, FULL | WITHIN, QLORA, BF16 | AGAIN, BF16 | PURE | AGAIN, BF16 | PURE | WITHIN]
+ON_A_CPU += [DROP, BF16 | DROP | AGAIN, BF16 | QLORA | AGAIN | {"lora_targets": ("wo",)}]
 
 
 @pytest.mark.parametrize(("preset", "flags"), [*(("125m", flags) for flags in ON_A_CPU), ("1b", BF16 | FULL)])
@@ -438,6 +458,12 @@ def test_70b_on_two_24_gb_cards():
     assert answer.endswith("--gradient_checkpointing True --model_max_length 1024 --fsdp True\n")
 
 
+def test_where_the_formula_fits_and_the_allocator_does_not_what_would_is_named():
+    answer = memory_py("--model", "70b", "--gpu", "24GB", "--nproc", "2", "--fsdp", "True").stdout
+    assert "None leaves room for the allocator.\n  2 x 24GB in shards, 4,096 tokens a row" in answer
+    assert "torchrun --nproc_per_node 2 train.py --method qlora " in answer and "--cpu_offload True" in answer
+
+
 def test_where_to_begin_names_the_flags_that_its_figure_is_of():
     answer = memory_py("--model", "13b", "--gpu", "3090", "--nproc", "4", "--fsdp", "--lora_rank", "16").stdout
     begin = answer.splitlines()[-1].split(" --data RECORDS ")[1]
@@ -460,6 +486,39 @@ def test_gpus_without_bf16_share_a_model_out_in_fp16():
         return TrainConfig(method=method, quantize="nf4", dtype="fp16", **more)
 
     assert within(PRESETS["1b"], make, find_gpu("t4"), 2).startswith("2 x t4 in shards, 4,096 tokens a row: ")
+
+
+def test_a_folder_in_4_bits_is_answered_for_qlora_alone(tmp_path):
+    names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "vocab_size": "vocab_size"}
+    known = {theirs: getattr(SIZES, ours) for theirs, ours in names.items()}
+    known |= {"intermediate_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 4096, "model_type": "llama"}
+    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(known | {"quantization_config": packing}))
+    grid = json.loads(memory_py("--model", str(tmp_path), "--json").stdout)["grid"]
+    assert {row["method"] for row in grid} == {"qlora"}
+    assert memory_py("--model", str(tmp_path), "--method", "qlora").returncode == 0
+    refused = memory_py("--model", str(tmp_path), "--method", "lora")
+    assert refused.returncode == 2 and "is packed in 4 bits: --quantize nf4, or --method qlora, uses it so" in refused.stderr
+
+
+def test_what_is_no_help_is_not_among_what_helps():
+    """In full fine-tuning the gradients are the peak: with checkpointing alone it stays as high."""
+    run = rehearsal(FULL | {"dtype": "bf16"}, PRESETS["7b"], 512)
+    before = needed(PRESETS["7b"], run.config, GPUS["3090"])
+    assert needed(PRESETS["7b"], replace(run.config, gradient_checkpointing=True), GPUS["3090"]) == before
+    ways = advice(PRESETS["7b"], run.config, GPUS["3090"], 1)
+    assert all(way["bytes"] < before for way in ways) and not any(way["change"].startswith("--gradient_ch") for way in ways[:3])
+
+
+def test_on_a_gpu_dropout_keeps_a_byte_a_number_and_on_a_cpu_as_many_as_the_number_has():
+    def kept(for_gpu, **flags):
+        run = rehearsal({"dtype": "bf16", "lora_targets": ("wq",)} | flags, replace(SIZES, n_layers=3), for_gpu=for_gpu)
+        return simulated(predict(run, GPUS["t4"] if for_gpu else None), 3)["activations, last layer"]
+
+    numbers = 64 * SIZES.dim
+    for for_gpu, mask in ((True, 1), (False, 2)):
+        # Without dropout the adapter keeps the norm's result; with it its own input, as large, and what was zeroed.
+        assert kept(for_gpu, lora_dropout=0.1) - kept(for_gpu) == numbers * mask
 
 
 def test_what_does_not_fit_is_told_what_would():
@@ -601,6 +660,8 @@ def test_the_picture_is_drawn(tmp_path):
         ("--model 7b --method lora --model_max_length 8192", "--per_device_train_batch_size 2 --model_max_length 4096"),
         ("--model 7b --method lora --gpu t4 --dtype bf16", "t4 has no bf16"),
         ("--model 7b --solve batch", "--solve needs --gpu"),
+        ("--model 7b --gpu t4 --lora_targets wqq", "unknown LoRA target wqq: known are all-linear, output"),
+        ("--model 7b --gpu 4090 --nproc 4 --fsdp True --hsdp 3", "--hsdp 3: 4 processes are not whole groups of 3"),
         ("--model 7b --method full --optimizer_in_backward", "it needs --max_grad_norm 0"),
         (
             "--model 7b --method lora --nproc 2 --optimizer_in_backward --max_grad_norm 0",

@@ -84,6 +84,11 @@ def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None
     return multiple_of * -(-hidden_dim // multiple_of)
 
 
+def is_in_4_bits(path: str | Path) -> bool:
+    """Whether the folder's linears are packed, as bitsandbytes does it: read_config refuses all other packings."""
+    return not (Path(path) / "params.json").is_file() and bool(_read_json(Path(path) / "config.json").get("quantization_config"))
+
+
 def _hf_config(path: Path) -> ModelConfig:
     p = _read_json(path)
     rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5 keeps theta in here as well
@@ -293,7 +298,7 @@ def load_model(
         model = Llama(config, attention)
     readers = open_checkpoint(path, config)
     # What a checkpoint in 4 bits has in 16 was left so on purpose, as too much would be lost.
-    in_4_bits = not (Path(path) / "params.json").is_file() and _read_json(Path(path) / "config.json").get("quantization_config")
+    in_4_bits = is_in_4_bits(path)
 
     def place(name):
         path_to, leaf = name.rsplit(".", 1)
