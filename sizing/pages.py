@@ -168,7 +168,7 @@ def gpu_terms(line: Timeline, gpu: GPU) -> dict[str, tuple[str, int]]:
 
 
 def layer_rows(line: Timeline) -> list[dict]:
-    """What each layer keeps in forward; what its backward needs on top, adds (gradients) and frees. Second step, bytes."""
+    """What each layer keeps in forward; what its backward needs on top, adds (mostly gradients) and frees. Second step, bytes."""
     rows, columns = {}, "layer forward_kept forward_peak backward_peak backward_added backward_freed".split()
     for phase in line.phases:
         if phase.part == "second step" and phase.layer is not None:
@@ -177,6 +177,8 @@ def layer_rows(line: Timeline) -> list[dict]:
                 row |= {"forward_kept": phase.kept, "forward_peak": phase.rise}
             else:
                 added = phase.end["gradients"] - phase.start["gradients"]
+                if added < phase.kept:  # more than gradients stays: what FSDP holds for the next layer, or to the end of backward
+                    added = phase.kept + row["forward_kept"]
                 row |= {"backward_peak": phase.rise, "backward_added": added, "backward_freed": added - phase.kept}
     return [rows[i] for i in sorted(rows)]
 

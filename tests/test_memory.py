@@ -21,7 +21,7 @@ from model import PRESETS, ModelConfig
 from sizing.advice import advice, cheaper, needed, sharded
 from sizing.formula import KEPT, formula, simulated
 from sizing.gpu import GPUS, CachingAllocator, find_gpu
-from sizing.pages import within
+from sizing.pages import layer_rows, within
 from sizing.rehearsal import Rehearsal
 from sizing.shards import processes
 from train import TrainConfig
@@ -508,6 +508,15 @@ def test_what_is_no_help_is_not_among_what_helps():
     assert needed(PRESETS["7b"], replace(run.config, gradient_checkpointing=True), GPUS["3090"]) == before
     ways = advice(PRESETS["7b"], run.config, GPUS["3090"], 1)
     assert all(way["bytes"] < before for way in ways) and not any(way["change"].startswith("--gradient_ch") for way in ways[:3])
+
+
+@pytest.mark.parametrize("flags", [FULL, PURE | SHARDS | {"hsdp": 2}, FULL | SHARDS | {"cpu_offload": True}])
+def test_a_layers_backward_frees_what_its_forward_kept(flags):
+    """Also where more than gradients stays: what is summed over copies, what is gathered for the next."""
+    sizes, count = replace(PRESETS["125m"], n_layers=3), 4 if "fsdp" in flags else 1
+    run = rehearsal({"dtype": "bf16"} | flags, sizes, 512, for_gpu=True, processes=count)
+    for row in layer_rows(predict(run, GPUS["h100"])):
+        assert row["backward_freed"] == pytest.approx(row["forward_kept"], rel=0.02) and row["backward_added"] >= 0
 
 
 def test_on_a_gpu_dropout_keeps_a_byte_a_number_and_on_a_cpu_as_many_as_the_number_has():
