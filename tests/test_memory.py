@@ -593,6 +593,15 @@ def test_where_the_head_alone_is_trained_blocks_keep_nothing_and_have_no_backwar
     assert all((row["forward_kept"], row["backward_peak"]) == (0, None) for row in answer["per_layer"])
 
 
+def test_where_one_change_is_not_enough_the_fewest_that_are_together_are_named():
+    flags = rehearsal({"dtype": "bf16", "per_device_train_batch_size": 8}, PRESETS["13b"], 2048).config
+    *alone, together = advice(PRESETS["13b"], flags, GPUS["3090"], 1)
+    assert len(alone) == 3 and not any(way["fits"] for way in alone)
+    assert together["change"] == "--method qlora --quantize nf4 --gradient_checkpointing True" and together["fits"]
+    changed = replace(flags, method="qlora", quantize="nf4", gradient_checkpointing=True)
+    assert together["bytes"] == needed(PRESETS["13b"], changed, GPUS["3090"]) <= GPUS["3090"].memory
+
+
 def test_where_no_change_is_enough_that_is_said():
     assert "None of this is enough:" in memory_py("--model", "125m", "--method", "full", "--gpu", "0.6GB").stdout
 
