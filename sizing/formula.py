@@ -65,234 +65,368 @@ PACKED = {  # NF4: 4 bits, 8 a block of 64, 32 a block of 2^14. int8: 4 bytes a 
     "int8": "L * W * (1 + 4 / C)",
 }
 
+# Names of terms in the text of later ones.
+FIRST = "activations_first_layer"
+BUT_LAST = f"{FIRST} + activations_middle_layers"
+ALL_LAYERS = f"{BUT_LAST} + activations_last_layer"
+BACKWARD = " + a_block_backward + T * C * s"
+
+
+class Run:
+    """What the arithmetic asks of a run: its letters (`known`; each term joins them) and what its flags come to."""
+
+    def __init__(self, sizes, flags, gpu: GPU | None, nproc: int):
+        self.flags, self.gpu, self.dim, self.known = flags, gpu, sizes.dim, letters(sizes, flags, nproc)
+        self.inside, self.shapes, self.moved = linears(sizes), linears(sizes) | outer(sizes), trained(sizes, flags)
+        self.full = flags.method == "full"
+        self.again = flags.gradient_checkpointing  # forward is computed again
+        self.half = flags.dtype != "fp32"  # computed in 16 bits,
+        self.masters = self.full and self.half and not (flags.pure_bf16 or flags.fsdp)  # of fp32 weights, cast by autocast
+        self.number = 2 if flags.pure_bf16 else 4  # bytes of what is trained
+        self.packed = flags.quantize != "none"
+        self.head_only = self.moved == {"output"}  # no block has a backward
+        # On a CPU fusing/attention.py attends in blocks.
+        self.in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and self.known["T"] <= 2048
+        # With dropout every adapter has an input of its own, and a mask of what was zeroed in it; without, it multiplies with
+        # what is there anyway.
+        self.dropped = flags.lora_dropout > 0 and not self.full
+        self.mask = 1 if gpu else self.known["b"]  # bytes a number
+        self.plain = set() if self.dropped else self.moved
+        # Gradients.
+        self.within = flags.optimizer_in_backward  # one at a time
+        self.buckets = nproc > 1 and not flags.fsdp  # DDP's: they are the gradients, and stay
+        self.added = flags.gradient_accumulation_steps > 1  # to those of earlier rows, which are not yet in DDP's buckets
+        self.stay = flags.fsdp or not (self.within or self.buckets or self.added)  # to the end of their block
+        self.hybrid = 0 < flags.hsdp < nproc  # sums over the copies stay in fp32 to backward's end
+        # This GPU's part of a block, when its weights are not what is gathered: FSDP rounds it, or brings it from the host.
+        self.passing = flags.fsdp and (flags.cpu_offload or (self.full and self.half and self.number == 4))
+
 
 def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, tuple[str, int]]:
     """The run as arithmetic: name -> (expression, bytes). sizes: the model's; flags: train.py's, with --dtype decided.
 
     Each term is written once, in `letters` and the names of earlier terms, and Python computes what is printed. Where several
     moments compete, the largest is the term."""
-    full, again, half = flags.method == "full", flags.gradient_checkpointing, flags.dtype != "fp32"
-    within = flags.optimizer_in_backward  # one gradient at a time
-    masters = full and half and not (flags.pure_bf16 or flags.fsdp)  # fp32 weights, cast by autocast where they are used
-    moved, inside, known = trained(sizes, flags), linears(sizes), letters(sizes, flags, nproc)
-    L, b, s, shapes = known["L"], known["b"], known["s"], inside | outer(sizes)
-    in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and known["T"] <= 2048  # by fusing/attention.py
-    terms, kept_in = {}, 2 if flags.pure_bf16 else 4  # bytes
+    run, terms = Run(sizes, flags, gpu, nproc), {}
 
     def term(name: str, *moments: str) -> None:
-        size, text = max((round(eval(text, {}, known)), text) for text in moments)
-        known[re.sub(",|'s", "", name).replace(" ", "_")] = size
+        size, text = max((round(eval(text, {}, run.known)), text) for text in moments)
+        run.known[re.sub(",|'s", "", name).replace(" ", "_")] = size
         terms[name] = text.replace("_", " ").replace("*", "x"), size
 
-    # What stays from the first step on; of it, sharded, a part. DDP's buckets are the gradients, and stay.
-    mine, part, buckets = ("M", " / P", False) if flags.fsdp else ("N", "", nproc > 1)
-    term("weights", f"({PACKED[flags.quantize]} + E * s){part}" if not (full and flags.fsdp) else f"M * {kept_in}")
-    term("adapters", "0" if full else f"{mine} * 4")
-    added = flags.gradient_accumulation_steps > 1  # to the gradients of earlier rows, which are not yet in DDP's buckets
-    # One of a time: a matrix's, both of the head's adapter; in shards a block's, or those of what is in no block.
+    for name, moments in between_steps(run).items():
+        term(name, *moments)
     if flags.fsdp:
-        one = [f"B / P * {kept_in} / 4", f"(M - L * B / P / 4) * {kept_in}"]
-    elif full:
-        one = ["V * C * g", "F * C * g"]
-    else:
-        one = [f"r * {max(max(shapes[x]) + (x == 'output') * sizes.dim for x in moved)} * 4"]
-    every = f"{mine} * {kept_in}" if flags.fsdp else "2 * N * g" if buckets and added else "N * g"
-    hybrid = 0 < flags.hsdp < nproc  # sums over the copies stay in fp32 to backward's end; if not rounded they are the gradients
-    term("gradients", *(one if within and not (hybrid and kept_in == 4) else [every]))
-    term("optimizer state", f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8")
-    term("cuBLAS workspace", f"2 * {gpu.workspace if gpu else 0}")
-    if flags.fsdp:  # in forward a block, its buffer and the last one's; at the beginning the rest and its buffer, too
-        term("gathered weights", "3 * G + R", "2 * G + 2 * R")
-        outside = not full and "tok_embeddings" not in moved  # the head's adapter, at the end of the first block's backward
-        term("gradients to reduce", "B", *["R - (2 * V + 1) * C * s"] * outside)
-
-    # What a block keeps. Its norms: their inputs and what uses their results; on a CPU the inputs in fp32, and what a trained
-    # weight is multiplied with.
-    # With dropout every adapter has an input of its own, and a mask of what was zeroed in it.
-    dropped, mask = flags.lora_dropout > 0 and not full, 1 if gpu else b  # bytes a number
-    plain = set() if dropped else moved  # whose adapters multiply with what is there anyway
-    used = bool(plain & {"wq", "wk", "wv"}) + bool(plain & {"w1", "w3"})  # of the two norms' results
-    if gpu:
-        norms = "18" if masters else f"(2 * s + {2 if full else used} * b)"  # 18: inputs, and 5 bf16 copies of the results
-    else:
-        norms = "26" if masters else "(16 + 2 * b)" if full else f"(8 + {used} * b)"
-    attention = f"T * ({1 + ('wo' in plain)} * C + 2 * K) * b"  # q, k, v, the result where it is multiplied with
-    if not in_blocks:  # PyTorch's kernel keeps it in any case, and one fp32 number a row
-        attention = f"T * ({2 + ('wo' in plain)} * C + 2 * K) * b + T * H * 4"
-    if flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
-        # Forward, at work: softmax's input in 16 bits and in fp32, its result; with masters the norm's copies are there.
-        scores = f"H * T * T * {10 if half else 8} + T * T + T * C * {4 * b + 14 * masters}"
-        attention = f"T * {3 + ('wo' in plain)} * C * b + H * T * T * {6 if half else 4} + T * T"
-    elif gpu and half:  # k and v are repeated for every query head
-        attention = "T * 4 * C * b + T * H * 4"
-    block = f"T * C * {norms} + {attention} + T * F * {2 + ('w2' in plain)} * b"
-    if not full and (adapted := moved & inside.keys()):
-        block += f" + T * r * {len(adapted)} * b" + f" + r * {sum(sum(inside[x]) for x in adapted)} * 2" * half
-        if dropped:
-            block += f" + T * {sum(inside[x][1] for x in adapted)} * {b + mask}"
-    copies = " + W * 2" * masters  # of the weights, by autocast
-    head_only = moved == {"output"}  # no block has a backward
-    kept = "0" if head_only else "T * C * s" if again else block + copies  # with checkpointing only the block's input
-    made_by_nothing_trained = not (again or head_only or full or "tok_embeddings" in moved)  # such an input needs no gradient
-    reads, of_none = moved & {"wq", "wk", "wv"}, f" - T * C * {s if gpu else 4}"
-    if not reads:  # nor does what attention makes, but for wo's input
-        reads, of_none = moved & {"wo"}, f"{of_none} - ({attention})" + " + T * C * b" * ("wo" in plain)
-        if not reads:  # nor the second norm's input
-            reads, of_none = moved & {"w1", "w3"}, f"{of_none} - T * C * {s if gpu else 4}"
-            if not reads:  # nor what is multiplied by silu(gate)
-                reads, of_none = moved & {"w2"}, f"{of_none} - 2 * T * F * b"
-    elif flags.attention == "textbook":  # q is for k's gradient, k for q's, v and softmax in fp32 for theirs, in 16 bits for v's
-        scored = reads & {"wq", "wk"}
-        of_none += f" - T * C * {2 - len(scored) + (not scored)} * b"
-        of_none += f" - T * T - H * T * T * {4 * half}" * (not scored) + " - H * T * T * 2" * (half and "wv" not in reads)
-    served = sum(inside[x][1] for x in reads)  # width of inputs
-    of_none += f" - r * {served} * 2" * half + f" - T * {served} * {mask}" * dropped  # A serves that only, and so does the mask
-    term("activations, first layer", kept + of_none * made_by_nothing_trained)
-    term("activations, last layer", kept if L > 1 else "0")
-    term("activations, middle layers", f"{max(0, L - 2)} * activations_last_layer")
-
-    # The turn: the last norm's result, that where there is a label, its gradient; then the logits of n positions at a time, their
-    # logarithms of probabilities, which become their gradient, and the head's.
-    several = known["T"] > known["n"]  # chunks; the first one's gradients are the sum's beginning
-    kept = "" if gpu else f" + T * C * {(2 if s == 2 else 0) + 4 * full}"
-    # On a CPU its norm's input in fp32 instead of 16 bits, too, and what a trained weight is multiplied with.
-    held = f"{3 - head_only} * T * C * s{kept}"
-    if "output" in moved and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
-        held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}" + f" + n * C * {mask + b * half}" * dropped
-    moments = [f"8 * n * V + {3 if 'output' in moved else 1} * n * C * s"]  # with an adapter: its part, the head's, their sum
-    if half:  # in an adapter's gradient, which is rounded to 16 bits and not yet added: no more than two of n x V
-        moments = ["10 * n * V"] + ["8 * n * V + r * V * 4"] * ("output" in moved)
-    if masters:
-        moments = [f"8 * n * V + {6 + 4 * several} * V * C + n * C * 8"]
-    elif full:
-        moments += [f"8 * n * V + {1 + several} * V * C * g + n * C * b"]
-    moments = [f"{text} + {held}" for text in moments]
-    apart = f"T * C * {20 if s == 4 else 22}"  # a CPU's norm, backward: five tensors in fp32, and what comes if in 16 bits
-    heads = " + V * C * g" if full else " + r * (V + C) * 4" * ("output" in moved)  # gradients, or those of its adapter
-    moments += [apart + heads * (not (within or buckets))] * (not gpu)
-    if full and within and not flags.fsdp:  # the head is stepped
-        moments.append(f"V * C * g + T * C * s{kept}")
-    # This GPU's part of a block, when its weights are not what is gathered: FSDP rounds it, or brings it from the host.
-    passing = flags.fsdp and (flags.cpu_offload or (full and half and kept_in == 4))
-    if passing:  # the last block's, for backward
-        moments.append("G / P + T * C * s" + " + V * C * g" * full)
-    term("logits and loss", *moments)
-
-    # A block's backward. While its last linears are at work, on top of what the block kept (`rises`): gradients of the
-    # feed-forward layer's width, and a weight's gradient or a weight turned back.
-    stay = flags.fsdp or not (buckets or within or added)  # gradients, to the block's end; else each goes at once,
-    sign = " + " if stay else " - " * (buckets and added)  # and with DDP takes along what earlier rows had added up
-    if full:
-        rises = ["2 * T * F * b" + f"{sign}C * F * g" * bool(sign) + " - C * F * 2" * masters]
-        if not stay:
-            rises += ["T * F * b + C * F * b" + " + T * C * b" * masters, "C * F * 4" if masters else "0"]
-    else:
-        rises = ["3 * T * F * b"]
-        if "w2" in moved:  # of its adapter A's gradient is not yet fp32, and B's 16 bits are no longer needed
-            rises = ["2 * T * F * b + r * F * b" + f"{sign}r * C * 4" * bool(sign) + " - r * C * 2" * half]
-        if flags.quantize != "none":
-            # w2 at work in forward: its weight; its result, and of the norm what no adapter keeps: its result, on a CPU its input
-            # in 16 bits. If forward is computed again, but w2 keeps nothing, it ends with w3, when w2's part in backward is done.
-            norm = (not plain & {"w1", "w3"}) + (half and not gpu)
-            forth = f"C * F * b + T * C * {1 + norm} * b" + " + T * F * b" * ("w2" not in plain)
-            back = "T * F * b + C * F * b"
-            rises += [back] + [forth if "w2" in moved else f"{back} + T * C * {norm} * b"] * again
-    # Later the feed-forward layer's tensors are gone, and gradients are there: `left` is all that is then in memory of the block.
-    # While attention is at work: the result of the first norm, gradients of what is behind, 16-bit copies of wq, wk, wv.
-    late, left = moved & {"wq", "wk", "wv"}, []
-    here = (6 if masters else b * bool(full or late)) + (0 if gpu else 4 * (half + full))  # bytes a number, as in `norms`
-    here += ((b + mask) * len(late) - b * bool(late)) * dropped
-    now, then = (sum(sum(inside[x]) for x in names) for names in (moved & inside.keys() - late, late))  # width of adapters
-    if full:
-        others = f"{sign}(W - C * C - 2 * C * K) * g" * bool(sign)
-    else:
-        others = f"{sign}r * {now} * 4" * bool(sign) + f" + r * {then} * 2 + T * r * {len(late)} * b" * half
-    late_copies = " + (C * C + 2 * C * K) * 2" * masters
-    if flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
-        work = f"H * T * T * 12 + T * T + T * C * {3 * b + here}{late_copies}"
-        left += [work + others] + [scores] * again
-    elif gpu and half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
-        work = f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{late_copies}"
-        left.append(work + others)
-    elif in_blocks:  # of 128 queries' scores three tensors in fp32; heads first q, k and v, which autograd has as they were, too;
-        # the result's gradient and a copy; in fp32 k and three gradients
-        saved = "" if again else " + T * (C + 2 * K) * 2"
-        work = f"H * {min(128, known['T'])} * T * 12 + T * 26 * C{saved} + T * C * {here - 4 * masters}{late_copies}"
-        left.append(work + others)
-    if masters and stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second norm
-        between = f"T * C * {here + 8}"  # has its input, and its result's gradient.
-        left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention} + {between}")
-    elif full and not gpu:  # the second norm's backward, where the first still has its tensors and both their inputs
-        left.append(f"{'3 * C * F * g + ' * stay}{attention} + {apart} + T * C * (8 + 2 * b)")
-    if full and stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
-        left.append("W * 4 + C * C * 2 + T * C * 4" if masters else "W * g + T * C * 4 * b")
-        left += [f"W * g + {apart}"] * (not gpu)
-    if passing:  # the next one's
-        (left if again else rises).append("G / P")
-    kept = f"{block}{copies}{' - T * C * s' * bool(gpu or s == 4)}"  # but for its result, which the loss is done with
-    if head_only:
-        term("a block's backward", "0")
-    elif again:  # the block once more
-        term("a block's backward", *(f"{kept} + {text}" for text in rises), *left)
-    else:
-        term("a block's backward", *rises, *(f"{text} - ({kept})" for text in left))
-
-    # The peak: the highest of the moments at which it can be: the loss, the last block's backward, the first's, the optimizer.
+        for name, moments in in_passing(run).items():
+            term(name, *moments)
+    term("activations, first layer", first_layer(run))
+    term("activations, last layer", later_layer(run) if sizes.n_layers > 1 else "0")
+    term("activations, middle layers", f"{max(0, sizes.n_layers - 2)} * activations_last_layer")
+    term("logits and loss", *loss(run))
+    term("a block's backward", *block_backward(run))
     if flags.cpu_offload:
-        saved = [f"weights + optimizer_state + 2 * V * C * {kept_in}"] * full  # a whole matrix, put together of what came
+        saved = [f"weights + optimizer_state + 2 * V * C * {run.number}"] * run.full  # a whole matrix, put together of what came
         term("in the host's memory", "weights + adapters + gradients + optimizer_state", *saved)
-        known |= dict.fromkeys(("weights", "adapters", "gradients", "optimizer_state"), 0)
-    always = "".join(f"{x} + " for x in ("weights", "adapters", "optimizer_state", "cuBLAS_workspace") if known[x])
-    stays = always + "gradients + " * buckets
-    first, activations = "activations_first_layer", "activations_first_layer + activations_middle_layers + activations_last_layer"
-    earlier = " + gradients" * (added and not (buckets or flags.cpu_offload))  # of the rows before
-    backward = " + a_block_backward + T * C * s"
-    if flags.fsdp:  # in backward the block at work and the next one are whole, and the gradients of the last are on their way
-        each = 0 if flags.cpu_offload or within or earlier else kept_in  # bytes a number of what a block leaves
-        each += 4 * (hybrid and (kept_in == 2 or (each == 0 and not flags.cpu_offload)))
-        one, most, all_ = (f" + {count}B / P * {each} / 4" * bool(each) for count in ("", "(L - 2) * ", "L * "))
-        moments = [
-            stays + "2 * G + 2 * R + T * C * s" + earlier,  # the first block; the last
-            stays + f"{first} + activations_middle_layers + T * C * s + 3 * G + R" + earlier,
-            stays + activations + earlier + " + logits_and_loss + T * C * s + G + R",
-            stays + activations + earlier + heads + backward + " + 2 * G + R",
-            stays + f"{first} + activations_middle_layers + B + 2 * G + R" + earlier + one + heads + backward,
-            stays + f"2 * {first} + B + 2 * G + R" + earlier + most + heads + backward,
-        ]
-        # At last what is in no block: copied to be reduced in fp32; reduced, and rounded to what is kept, the head's still there.
-        blocks = stays + (earlier + all_)[3:] + " + " * bool(earlier or all_) + "2 * V * C * "
-        moments += [f"{blocks}(4 + g)", f"{blocks}(4 + {4 if kept_in == 4 else 4 + kept_in} / P) + V * C * g"] * full
-    else:
-        head = earlier or heads * (not within)  # or those of the rows before
-        if buckets:  # which has its place, and with it goes that of the rows before
-            head = " - V * C * g" * (full and added)
-        moments = [
-            stays + activations + " + T * C * s" + earlier + " + logits_and_loss",
-            stays + activations + head + backward,
-            always + ("N * g" if buckets else "gradients"),
-        ]
-        if flags.attention == "textbook":  # the last block, forward
-            moments.append(f"{stays}{first} + activations_middle_layers + T * C * s + {scores}{earlier}")
-        # A row before the last: from the second on all gradients are there; the first has made them, but for what follows, when
-        # its first block is at work.
-        if full and buckets and added and gpu and half:
-            before = f"{stays}T * C * s + {work}"
-            if flags.gradient_accumulation_steps > 2:
-                moments.append(f"{before} + {activations if again else f'{first} + activations_middle_layers'}")
-            moments.append(f"{before}{f' + {first}' * again} - (V * C + C * C + 2 * C * K) * g")
-        if full and within:
-            moments.append(stays + "gradients + T * C * s")
-        elif not (within or (buckets and added)):
-            last = "(W + V * C) * g" if full else f"r * {sum(sum(shapes[x]) for x in moved - {'output'})} * 4"
-            made = "0" if buckets else f"gradients - {last}"
-            moments.append(stays + f"{made} + {first}" + backward)
-            moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * (full and (added or buckets)))
-    if not (full or again) and flags.quantize != "none":  # the last block, forward
-        moments.append(f"{stays}{activations} + T * C * s + {forth}{earlier}" + " + 2 * G + R" * flags.fsdp)
-    term("allocated peak", *moments)
+        run.known |= {name.replace(" ", "_"): 0 for name in KEPT}
+    term("allocated peak", *peak(run))
     if flags.cpu_offload:
         terms = {name: term for name, term in terms.items() if name not in KEPT}
     return {name: term for name, term in terms.items() if term[1] or name != "cuBLAS workspace"}
+
+
+def between_steps(run) -> dict[str, list[str]]:
+    """What stays from the first step on; of it, sharded, a part."""
+    flags, full = run.flags, run.full
+    mine, part = ("M", " / P") if flags.fsdp else ("N", "")
+    whole = f"{mine} * {run.number}" if flags.fsdp else "2 * N * g" if run.buckets and run.added else "N * g"
+    # One of a time: a matrix's, both of the head's adapter; in shards a block's, or those of what is in no block.
+    if flags.fsdp:
+        one = [f"B / P * {run.number} / 4", f"(M - L * B / P / 4) * {run.number}"]
+    elif full:
+        one = ["V * C * g", "F * C * g"]
+    else:
+        one = [f"r * {max(max(run.shapes[x]) + (x == 'output') * run.dim for x in run.moved)} * 4"]
+    return {
+        "weights": [f"M * {run.number}" if full and flags.fsdp else f"({PACKED[flags.quantize]} + E * s){part}"],
+        "adapters": ["0" if full else f"{mine} * 4"],
+        # Sums over the copies that are not rounded are the gradients.
+        "gradients": one if run.within and not (run.hybrid and run.number == 4) else [whole],
+        "optimizer state": [f"{mine} * 2 * (1 + 4 / 256)" if flags.optim == "adamw_8bit" else f"{mine} * 8"],
+        "cuBLAS workspace": [f"2 * {run.gpu.workspace if run.gpu else 0}"],
+    }
+
+
+def in_passing(run) -> dict[str, list[str]]:
+    """What FSDP holds for the network. In forward a block, its buffer and the last one's; at the beginning the rest and its
+    buffer, too. In backward a block's gradients; or the head's adapter's, at the end of the first block's backward."""
+    outside = not run.full and "tok_embeddings" not in run.moved
+    return {
+        "gathered weights": ["3 * G + R", "2 * G + 2 * R"],
+        "gradients to reduce": ["B", *["R - (2 * V + 1) * C * s"] * outside],
+    }
+
+
+def block(run) -> str:
+    """What a block keeps for backward: of its norms the inputs and what uses their results (on a CPU the inputs in fp32, and what
+    a trained weight is multiplied with), attention's, gate and up, what adapters multiply with."""
+    used = bool(run.plain & {"wq", "wk", "wv"}) + bool(run.plain & {"w1", "w3"})  # of the two norms' results
+    if run.gpu:  # with masters inputs, and 5 bf16 copies of the results
+        norms = "18" if run.masters else f"(2 * s + {2 if run.full else used} * b)"
+    else:
+        norms = "26" if run.masters else "(16 + 2 * b)" if run.full else f"(8 + {used} * b)"
+    text = f"T * C * {norms} + {attention(run)} + T * F * {2 + ('w2' in run.plain)} * b"
+    adapted = run.moved & run.inside.keys()
+    if not run.full and adapted:
+        text += f" + T * r * {len(adapted)} * b" + f" + r * {sum(sum(run.inside[x]) for x in adapted)} * 2" * run.half
+        if run.dropped:
+            text += f" + T * {sum(run.inside[x][1] for x in adapted)} * {run.known['b'] + run.mask}"
+    return text
+
+
+def attention(run) -> str:
+    """What attention keeps: q, k, v, and the result, once more where an adapter multiplies with it."""
+    results = 1 + ("wo" in run.plain)
+    if run.flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
+        return f"T * {2 + results} * C * b + H * T * T * {6 if run.half else 4} + T * T"
+    if run.gpu and run.half:  # k and v are repeated for every query head; one fp32 number a row
+        return "T * 4 * C * b + T * H * 4"
+    if run.in_blocks:  # by fusing/attention.py, which computes the result again
+        return f"T * ({results} * C + 2 * K) * b"
+    return f"T * ({1 + results} * C + 2 * K) * b + T * H * 4"
+
+
+def copies(run, numbers: str = "W") -> str:
+    """Autocast's 16-bit copies of so many weights."""
+    return f" + {numbers} * 2" * run.masters
+
+
+def later_layer(run) -> str:
+    if run.head_only:
+        return "0"
+    return "T * C * s" if run.again else block(run) + copies(run)  # with checkpointing only the block's input
+
+
+def first_layer(run) -> str:
+    """As any layer; but if what comes into it was made by nothing that is trained, it needs no gradient, nor does what is
+    computed of it before the first adapter: what would serve such gradients alone is not kept."""
+    moved = run.moved
+    if run.again or run.head_only or run.full or "tok_embeddings" in moved:
+        return later_layer(run)
+    norm_input = f" - T * C * {run.known['s'] if run.gpu else 4}"
+    reads, less = moved & {"wq", "wk", "wv"}, norm_input
+    if not reads:  # nor does what attention makes, but for wo's input
+        reads, less = moved & {"wo"}, f"{less} - ({attention(run)})" + " + T * C * b" * ("wo" in run.plain)
+        if not reads:  # nor the second norm's input
+            reads, less = moved & {"w1", "w3"}, less + norm_input
+            if not reads:  # nor what is multiplied by silu(gate)
+                reads, less = moved & {"w2"}, f"{less} - 2 * T * F * b"
+    elif run.flags.attention == "textbook":  # q is for k's gradient, k for q's, v and softmax in fp32 for theirs, in 16 for v's
+        scored = reads & {"wq", "wk"}
+        less += f" - T * C * {2 - len(scored) + (not scored)} * b"
+        less += f" - T * T - H * T * T * {4 * run.half}" * (not scored) + " - H * T * T * 2" * (run.half and "wv" not in reads)
+    served = sum(run.inside[x][1] for x in reads)  # width of inputs: A serves their gradient only, and so does the mask
+    return block(run) + less + f" - r * {served} * 2" * run.half + f" - T * {served} * {run.mask}" * run.dropped
+
+
+def head_gradient(run) -> str:
+    return " + V * C * g" if run.full else " + r * (V + C) * 4" * ("output" in run.moved)  # or those of its adapter
+
+
+def norm_backward(run) -> str:
+    """On a CPU: five tensors in fp32, and what comes if in 16 bits."""
+    return f"T * C * {20 if run.known['s'] == 4 else 22}"
+
+
+def loss(run) -> list[str]:
+    """The turn from forward to backward: the last norm's result, that where there is a label, its gradient; then the logits of n
+    positions at a time, their logarithms of probabilities, which become their gradient, and the head's."""
+    full, half, gpu, with_head = run.full, run.half, run.gpu, "output" in run.moved
+    several = run.known["T"] > run.known["n"]  # chunks; the first one's gradients are the sum's beginning
+    # On a CPU its norm's input in fp32 instead of 16 bits, too, and what a trained weight is multiplied with.
+    norm = "" if gpu else f" + T * C * {(2 if run.known['s'] == 2 else 0) + 4 * full}"
+    held = f"{3 - run.head_only} * T * C * s{norm}"
+    if with_head and not full:  # its adapter's gradient, and its 16 bits or the next chunk's gradient
+        held += f" + r * (V + C) * {(2 if half else 4) + 4 * several}"
+        held += f" + n * C * {run.mask + run.known['b'] * half}" * run.dropped
+    if run.masters:
+        moments = [f"8 * n * V + {6 + 4 * several} * V * C + n * C * 8"]
+    elif half:  # in an adapter's gradient, which is rounded to 16 bits and not yet added: no more than two of n x V
+        moments = ["10 * n * V"] + ["8 * n * V + r * V * 4"] * with_head
+    else:  # with an adapter: its part, the head's, their sum
+        moments = [f"8 * n * V + {3 if with_head else 1} * n * C * s"]
+    if full and not run.masters:
+        moments += [f"8 * n * V + {1 + several} * V * C * g + n * C * b"]
+    moments = [f"{text} + {held}" for text in moments]
+    if not gpu:
+        moments.append(norm_backward(run) + head_gradient(run) * (not (run.within or run.buckets)))
+    if full and run.within and not run.flags.fsdp:  # the head is stepped
+        moments.append(f"V * C * g + T * C * s{norm}")
+    if run.passing:  # the last block's, for backward
+        moments.append("G / P + T * C * s" + " + V * C * g" * full)
+    return moments
+
+
+def block_backward(run) -> list[str]:
+    """The last block's backward, on top of what is there when it begins; with checkpointing, that is but the block's input. (Its
+    result is no longer: the loss is done.)"""
+    if run.head_only:
+        return ["0"]
+    kept = f"{block(run)}{copies(run)}{' - T * C * s' * bool(run.gpu or run.known['s'] == 4)}"
+    rises, left = feed_forward_backward(run), later_backward(run)
+    if run.passing:  # the next one's
+        (left if run.again else rises).append("G / P")
+    if run.again:
+        return [f"{kept} + {text}" for text in rises] + left
+    return rises + [f"{text} - ({kept})" for text in left]
+
+
+def sign(run) -> str:
+    """What a gradient that is made does to the sum: it stays; or it goes at once, and with DDP takes along what earlier rows had
+    added up ("": none of these)."""
+    return " + " if run.stay else " - " * (run.buckets and run.added)
+
+
+def feed_forward_backward(run) -> list[str]:
+    """While a block's last linears are at work, on top of what the block kept: gradients of the feed-forward layer's width, and a
+    weight's gradient or a weight turned back."""
+    masters, plus = run.masters, sign(run)
+    if run.full:
+        rises = ["2 * T * F * b" + f"{plus}C * F * g" * bool(plus) + " - C * F * 2" * masters]
+        if not run.stay:
+            rises += ["T * F * b + C * F * b" + " + T * C * b" * masters, "C * F * 4" if masters else "0"]
+        return rises
+    rises = ["3 * T * F * b"]
+    if "w2" in run.moved:  # of its adapter A's gradient is not yet fp32, and B's 16 bits are no longer needed
+        rises = ["2 * T * F * b + r * F * b" + f"{plus}r * C * 4" * bool(plus) + " - r * C * 2" * run.half]
+    if run.packed:
+        back = "T * F * b + C * F * b"
+        # If forward is computed again, but w2 keeps nothing, it ends with w3, when w2's part in backward is done.
+        forth = w2_forward(run) if "w2" in run.moved else f"{back} + T * C * {norm_results(run)} * b"
+        rises += [back] + [forth] * run.again
+    return rises
+
+
+def norm_results(run) -> int:
+    """Tensors of the second norm that no adapter keeps, while the packed weights behind it are at work: its result; on a CPU its
+    input in 16 bits."""
+    return (not run.plain & {"w1", "w3"}) + (run.half and not run.gpu)
+
+
+def w2_forward(run) -> str:
+    """w2 at work in forward, when it is packed: its weight, its result, and what is there of the norm."""
+    return f"C * F * b + T * C * {1 + norm_results(run)} * b" + " + T * F * b" * ("w2" not in run.plain)
+
+
+def later_backward(run) -> list[str]:
+    """Later in a block's backward: the feed-forward layer's tensors are gone, and gradients are there. Each of these is all that
+    is then in memory of the block."""
+    masters, plus, late = run.masters, sign(run), run.moved & {"wq", "wk", "wv"}
+    now, then = (sum(sum(run.inside[x]) for x in names) for names in (run.moved & run.inside.keys() - late, late))  # widths
+    if run.full:
+        others = f"{plus}(W - C * C - 2 * C * K) * g" * bool(plus)
+    else:
+        others = f"{plus}r * {now} * 4" * bool(plus) + f" + r * {then} * 2 + T * r * {len(late)} * b" * run.half
+    left = [work + others for work in attention_backward(run)]
+    if run.flags.attention == "textbook" and run.again:
+        left.append(scores(run))
+    if masters and run.stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second
+        between = f"T * C * {first_norm(run) + 8}"  # norm has its input, and its result's gradient.
+        left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention(run)} + {between}")
+    elif run.full and not run.gpu:  # the second norm's backward, where the first still has its tensors and both their inputs
+        left.append(f"{'3 * C * F * g + ' * run.stay}{attention(run)} + {norm_backward(run)} + T * C * (8 + 2 * b)")
+    if run.full and run.stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
+        left.append("W * 4 + C * C * 2 + T * C * 4" if masters else "W * g + T * C * 4 * b")
+        left += [f"W * g + {norm_backward(run)}"] * (not run.gpu)
+    return left
+
+
+def first_norm(run) -> int:
+    """Bytes a number that are there of the first norm while attention is at work (as in `block`)."""
+    b, late = run.known["b"], run.moved & {"wq", "wk", "wv"}
+    here = (6 if run.masters else b * bool(late)) + (0 if run.gpu else 4 * (run.half + run.full))
+    return here + ((b + run.mask) * len(late) - b * bool(late)) * run.dropped
+
+
+def scores(run) -> str:
+    """Textbook attention at work in forward: softmax's input in 16 bits and in fp32, its result; of masters the norm's copies."""
+    return f"H * T * T * {10 if run.half else 8} + T * T + T * C * {4 * run.known['b'] + 14 * run.masters}"
+
+
+def attention_backward(run) -> list[str]:
+    """Attention at work in backward: the result of the first norm, 16-bit copies of wq, wk, wv, and its own."""
+    b, here, cast = run.known["b"], first_norm(run), copies(run, "(C * C + 2 * C * K)")
+    if run.flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
+        return [f"H * T * T * 12 + T * T + T * C * {3 * b + here}{cast}"]
+    if run.gpu and run.half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
+        return [f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{cast}"]
+    if run.in_blocks:  # of 128 queries' scores three tensors in fp32; heads first q, k and v, which autograd has as they were,
+        # too; the result's gradient and a copy; in fp32 k and three gradients
+        saved = "" if run.again else " + T * (C + 2 * K) * 2"
+        return [f"H * {min(128, run.known['T'])} * T * 12 + T * 26 * C{saved} + T * C * {here - 4 * run.masters}{cast}"]
+    return []
+
+
+def peak(run) -> list[str]:
+    """The moments at which the peak can be: the loss, the last block's backward, the first's, the optimizer."""
+    flags, known, buckets, added = run.flags, run.known, run.buckets, run.added
+    always = "".join(f"{x} + " for x in ("weights", "adapters", "optimizer_state", "cuBLAS_workspace") if known[x])
+    stays = always + "gradients + " * buckets
+    earlier = " + gradients" * (added and not (buckets or flags.cpu_offload))  # of the rows before
+    moments = (peak_in_shards if flags.fsdp else peak_on_one)(run, always, stays, earlier)
+    if not (run.full or run.again) and run.packed:  # the last block, forward
+        moments.append(f"{stays}{ALL_LAYERS} + T * C * s + {w2_forward(run)}{earlier}" + " + 2 * G + R" * flags.fsdp)
+    return moments
+
+
+def peak_in_shards(run, always: str, stays: str, earlier: str) -> list[str]:
+    """In backward the block at work and the next one are whole, and the gradients of the last are on their way."""
+    number, heads = run.number, head_gradient(run)
+    each = 0 if run.flags.cpu_offload or run.within or earlier else number  # bytes a number of what a block leaves
+    each += 4 * (run.hybrid and (number == 2 or (each == 0 and not run.flags.cpu_offload)))
+    one, most, all_ = (f" + {count}B / P * {each} / 4" * bool(each) for count in ("", "(L - 2) * ", "L * "))
+    moments = [
+        f"{stays}2 * G + 2 * R + T * C * s{earlier}",  # the first block; the last
+        f"{stays}{BUT_LAST} + T * C * s + 3 * G + R{earlier}",
+        f"{stays}{ALL_LAYERS}{earlier} + logits_and_loss + T * C * s + G + R",
+        f"{stays}{ALL_LAYERS}{earlier}{heads}{BACKWARD} + 2 * G + R",
+        f"{stays}{BUT_LAST} + B + 2 * G + R{earlier}{one}{heads}{BACKWARD}",
+        f"{stays}2 * {FIRST} + B + 2 * G + R{earlier}{most}{heads}{BACKWARD}",
+    ]
+    # At last what is in no block: copied to be reduced in fp32; reduced, and rounded to what is kept, the head's still there.
+    if run.full:
+        blocks = stays + (earlier + all_)[3:] + " + " * bool(earlier or all_) + "2 * V * C * "
+        moments += [f"{blocks}(4 + g)", f"{blocks}(4 + {4 if number == 4 else 4 + number} / P) + V * C * g"]
+    return moments
+
+
+def peak_on_one(run, always: str, stays: str, earlier: str) -> list[str]:
+    """On one GPU, or on each of DDP's."""
+    full, added, buckets, within = run.full, run.added, run.buckets, run.within
+    head = earlier or head_gradient(run) * (not within)  # or those of the rows before
+    if buckets:  # which has its place, and with it goes that of the rows before
+        head = " - V * C * g" * (full and added)
+    moments = [
+        f"{stays}{ALL_LAYERS} + T * C * s{earlier} + logits_and_loss",
+        f"{stays}{ALL_LAYERS}{head}{BACKWARD}",
+        always + ("N * g" if buckets else "gradients"),
+    ]
+    if run.flags.attention == "textbook":  # the last block, forward
+        moments.append(f"{stays}{BUT_LAST} + T * C * s + {scores(run)}{earlier}")
+    # A row before the last: from the second on all gradients are there; the first has made them, but for what follows, when its
+    # first block is at work.
+    if full and buckets and added and run.gpu and run.half:
+        [work] = attention_backward(run)
+        before = f"{stays}T * C * s + {work}"
+        if run.flags.gradient_accumulation_steps > 2:
+            moments.append(f"{before} + {ALL_LAYERS if run.again else BUT_LAST}")
+        moments.append(f"{before}{f' + {FIRST}' * run.again} - (V * C + C * C + 2 * C * K) * g")
+    if full and within:
+        moments.append(f"{stays}gradients + T * C * s")
+    elif not (within or (buckets and added)):
+        last = "(W + V * C) * g" if full else f"r * {sum(sum(run.shapes[x]) for x in run.moved - {'output'})} * 4"
+        moments.append(f"{stays}{'0' if buckets else f'gradients - {last}'} + {FIRST}{BACKWARD}")
+        moments.append(stays + "gradients + " * (not buckets) + "T * C * s" + " + V * C * g" * (full and (added or buckets)))
+    return moments
 
 
 SENT = ("gathered weights", "gradients to reduce")  # what FSDP holds for the network, asked for before its layer's turn
