@@ -245,7 +245,10 @@ class Saver:
         def write():
             write_checkpoint(folder, tensors, about, self.workers)
             for old in checkpoints(self.folder)[:-keep] if keep and self.workers.first else []:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    raise RunError(f"could not remove {old}, the newer ones stand: {error.strerror or error}") from None
 
         if self.thread:
             self.writing = self.thread.submit(write)

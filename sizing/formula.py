@@ -85,8 +85,9 @@ class Run:
         self.number = 2 if flags.pure_bf16 else 4  # bytes of what is trained
         self.packed = flags.quantize != "none"
         self.head_only = self.moved == {"output"}  # no block has a backward
-        # On a CPU fusing/attention.py attends in blocks.
+        # On a CPU fusing/attention.py attends in blocks; on a GPU a kernel to all documents at once, or to one by one.
         self.in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and self.known["T"] <= 2048
+        self.varlen = gpu and self.half and gpu.varlen
         # With dropout every adapter has an input of its own, and a mask of what was zeroed in it; without, it multiplies with
         # what is there anyway.
         self.dropped = flags.lora_dropout > 0 and not self.full
@@ -125,8 +126,11 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     term("logits and loss", *loss(run))
     term("a block's backward", *block_backward(run))
     if flags.cpu_offload:
-        saved = [f"weights + optimizer_state + 2 * V * C * {run.number}"] * run.full  # a whole matrix, put together of what came
-        term("in the host's memory", "weights + adapters + gradients + optimizer_state", *saved)
+        # The most of a step; of a save, where a whole matrix is put together of what came.
+        widest = max(max(run.shapes[x]) for x in run.moved)
+        matrix = f"2 * V * C * {run.number}" if run.full else f"2 * r * {widest} * 4"
+        stay = "weights + adapters + optimizer_state"
+        term("in the host's memory", f"{stay} + gradients", f"{stay} + {matrix}")
         run.known |= {name.replace(" ", "_"): 0 for name in KEPT}
     term("allocated peak", *peak(run))
     if flags.cpu_offload:
@@ -188,11 +192,12 @@ def attention(run) -> str:
     results = 1 + ("wo" in run.plain)
     if run.flags.attention == "textbook":  # softmax in fp32, and in 16 bits; the mask
         return f"T * {2 + results} * C * b + H * T * T * {6 if run.half else 4} + T * T"
-    if run.gpu and run.half:  # k and v are repeated for every query head; one fp32 number a row
-        return "T * 4 * C * b + T * H * 4"
     if run.in_blocks:  # by fusing/attention.py, which computes the result again
         return f"T * ({results} * C + 2 * K) * b"
-    return f"T * ({1 + results} * C + 2 * K) * b + T * H * 4"
+    # PyTorch's kernels keep the result in any case, and one fp32 number a row. Documents that are attended to one after the other
+    # are joined to a result of their own. On a GPU k and v are repeated for every query head.
+    mine = 2 if run.varlen else 1 + results  # q, and results
+    return f"T * {2 + mine} * C * b + T * H * 4" if run.gpu else f"T * ({mine} * C + 2 * K) * b + T * H * 4"
 
 
 def copies(run, numbers: str = "W") -> str:
@@ -332,6 +337,8 @@ def later_backward(run) -> list[str]:
     if masters and run.stay:  # Before, attention is whole; w1, w2, w3 have gradients, the last still in 16 bits, too; the second
         between = f"T * C * {first_norm(run) + 8}"  # norm has its input, and its result's gradient.
         left.append(f"3 * C * F * 4 + C * F * 2 + (W - 3 * C * F) * 2 + {attention(run)} + {between}")
+    elif run.full and run.gpu and run.stay:  # Before, attention is whole; w1, w2, w3 have gradients, and gate's is still there.
+        left.append(f"3 * C * F * g + {attention(run)} + T * F * b + T * C * (s + 4 * b)")
     elif run.full and not run.gpu:  # the second norm's backward, where the first still has its tensors and both their inputs
         left.append(f"{'3 * C * F * g + ' * run.stay}{attention(run)} + {norm_backward(run)} + T * C * (8 + 2 * b)")
     if run.full and run.stay:  # At last all have theirs, wq's made of q's and of the norm's result, whose own is a sum of three.
@@ -357,8 +364,8 @@ def attention_backward(run) -> list[str]:
     b, here, cast = run.known["b"], first_norm(run), copies(run, "(C * C + 2 * C * K)")
     if run.flags.attention == "textbook":  # softmax, its gradient and the scores', in fp32; q, k and the gradient of v
         return [f"H * T * T * 12 + T * T + T * C * {3 * b + here}{cast}"]
-    if run.gpu and run.half:  # flash attention's backward sums q's gradient in fp32; q, k, v, the result and their gradients
-        return [f"(T + 128) * (C + H) * 4 + T * C * {8 * b + here}{cast}"]
+    if run.gpu:  # its kernels sum q's gradient in fp32; q, k, v, the result and their gradients
+        return [f"(T{' + 128' * run.varlen}) * (C + H) * 4 + T * C * {8 * b + here}{cast}"]
     if run.in_blocks:  # of 128 queries' scores three tensors in fp32; heads first q, k and v, which autograd has as they were,
         # too; the result's gradient and a copy; in fp32 k and three gradients
         saved = "" if run.again else " + T * (C + 2 * K) * 2"

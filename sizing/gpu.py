@@ -64,6 +64,11 @@ class GPU:
     dtype: str = "bf16"  # the 16 bits it computes in
 
     @property
+    def varlen(self) -> bool:
+        """Whether flash attention takes all documents of a row at once: since Ampere (model.py's has_varlen)."""
+        return self.dtype == "bf16"
+
+    @property
     def workspace(self) -> int:
         """What cuBLAS takes for each thread that multiplies: forward's and backward's."""
         return 2**25 if self.hopper else 2 * 2**22 + 16 * 2**13
@@ -104,6 +109,12 @@ def flash_scratch(grad, q, k, v, out, lse, cu_seqlens, *_) -> int:
     return (tokens + 128 * documents) * heads * (-(-size // 32) * 32 + 1) * 4
 
 
+def efficient_scratch(grad, q, *_) -> int:
+    """The same of the kernel for one document that fp32, and GPUs before Ampere, go by: dQ for whole blocks of 64 rows."""
+    _, heads, tokens, size = q.shape
+    return (-(-tokens // 64) * 64 * size + tokens) * heads * 4
+
+
 class FusedNorm(torch.autograd.Function):
     """What CUDA's kernel of RMSNorm keeps and makes; fake tensors would go the CPU's way, in separate operations."""
 
@@ -123,4 +134,7 @@ def fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplac
     return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
-SCRATCH = {"torch_attn::_varlen_attn_backward": flash_scratch}
+SCRATCH = {
+    "torch_attn::_varlen_attn_backward": flash_scratch,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": efficient_scratch,  # its place on fake tensors
+}

@@ -144,7 +144,7 @@ def answer(words: list[str]) -> None:
 
 
 def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
-    return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu is not None, processes=nproc), gpu)
+    return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu, processes=nproc), gpu)
 
 
 def confirmed(sizes, flags, gpu: GPU, nproc: int) -> int:
@@ -366,7 +366,7 @@ def reproduce() -> None:
     sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
     pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
     flags = train.TrainConfig(**base | pure, attention="textbook")
-    line = predict(Document(flags, sizes, torch.device("cpu"), for_gpu=True), GENERIC)
+    line = predict(Document(flags, sizes, torch.device("cpu"), GENERIC), GENERIC)
     closed, counted = {x: size for x, (_, size) in formula(sizes, flags, GENERIC).items()}, simulated(line, sizes.n_layers)
     first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
     moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())

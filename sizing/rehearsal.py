@@ -33,7 +33,7 @@ class Rehearsal:
     config: train.TrainConfig
     sizes: ModelConfig
     device: torch.device
-    for_gpu: bool = False  # with CUDA's attention, which keeps other tensors than the CPU's
+    gpu: GPU | None = None  # as on it, whose attention keeps other tensors than a CPU's
     supervised: int | None = None  # positions with a label, if that is known
     processes: int = 1
     documents: int = 1  # in the row, where flash attention takes them together: its backward has room for each
@@ -42,8 +42,9 @@ class Rehearsal:
     def __post_init__(self):
         tokens = self.config.per_device_train_batch_size * self.config.model_max_length
         row, sdpa = torch.zeros(tokens, dtype=torch.int64), self.config.attention == "sdpa"
-        self.flash = self.for_gpu and sdpa and train.computed_in(self.config, self.device) != torch.float32
-        borders = [*range(self.documents), tokens] if self.flash else self.borders or [0, tokens]
+        half = train.computed_in(self.config, self.device) != torch.float32
+        self.attention = ("varlen" if half and self.gpu.varlen else "one by one") if self.gpu and sdpa else self.config.attention
+        borders = [*range(self.documents), tokens] if self.attention == "varlen" else self.borders or [0, tokens]
         self.row = {"tokens": row, "labels": row.clone(), "cu_seqlens": torch.tensor(borders, dtype=torch.int32)}
 
     def connect(self):
@@ -54,9 +55,8 @@ class Rehearsal:
     def build(self):
         """(model, optimizer), and with them what `step` and `evaluate` need."""
         self.model = train.build(self.config, self.device, self.sizes, self.shard)
-        if self.flash:
-            for layer in self.model.layers:
-                layer.attention.method = "varlen"
+        for layer in self.model.layers:
+            layer.attention.method = self.attention
         self.optimizer = train.make_optimizer(self.config, self.model)
         self.scaler, self.autocast = train.precision(self.config, self.device)
         self.parallel = train.in_parallel(self.config, self.model, self.workers)
@@ -110,7 +110,7 @@ class Memory:
         """Rehearse the run on fake tensors. What cannot be rehearsed is said, and stops nothing."""
         config, processes = self.config, self.workers.world
         cpu = torch.device("cpu")
-        run = Rehearsal(config, self.sizes, cpu, self.gpu is not None, self.supervised, processes, self.documents, self.borders)
+        run = Rehearsal(config, self.sizes, cpu, self.gpu, self.supervised, processes, self.documents, self.borders)
         try:
             self.line = predict(run, self.gpu)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations

@@ -20,7 +20,7 @@ from memory import Block, Tracker, predict, timeline, watch
 from model import PRESETS, ModelConfig
 from sizing.advice import advice, cheaper, needed, sharded
 from sizing.formula import KEPT, formula, simulated
-from sizing.gpu import GPUS, CachingAllocator, find_gpu
+from sizing.gpu import GPU, GPUS, CachingAllocator, find_gpu
 from sizing.pages import layer_rows, within
 from sizing.rehearsal import Rehearsal
 from sizing.shards import processes
@@ -56,9 +56,9 @@ RUNS = {
 }
 
 
-def rehearsal(flags: dict, sizes: ModelConfig, tokens: int = 64, for_gpu: bool = False, processes: int = 1) -> Rehearsal:
+def rehearsal(flags: dict, sizes: ModelConfig, tokens: int = 64, gpu: GPU | None = None, processes: int = 1) -> Rehearsal:
     config = TrainConfig(**{"device": "cpu", "model_max_length": tokens} | flags)
-    return Rehearsal(config, sizes, torch.device("cpu"), for_gpu, processes=processes)
+    return Rehearsal(config, sizes, torch.device("cpu"), gpu, processes=processes)
 
 
 def as_plain(line) -> list[tuple]:
@@ -131,7 +131,7 @@ def test_scratch_of_a_kernel_raises_the_peak_and_is_gone():
 def test_flash_attentions_backward_takes_room_for_each_document():
     tokens, config = 256, TrainConfig(device="cpu", dtype="bf16", model_max_length=256)
     for documents in (100, 200):  # so many that the peak is there
-        run = Rehearsal(config, SIZES, torch.device("cpu"), for_gpu=True, documents=documents)
+        run = Rehearsal(config, SIZES, torch.device("cpu"), GPUS["h100"], documents=documents)
         found = predict(run, GPUS["h100"]).highest.peak["kernel scratch"]
         assert found == (tokens + 128 * documents) * SIZES.n_heads * (32 + 1) * 4
 
@@ -177,7 +177,8 @@ def test_a_deep_model_follows_from_five_of_its_layers_to_the_byte(name):
 @pytest.mark.parametrize("flags", [QLORA | AGAIN, FULL, PURE])
 def test_what_the_allocator_reserves_for_a_deep_model_follows_as_well(flags):
     """To the byte, as if it had handed out and taken back every block of every layer."""
-    run, gpu = rehearsal({"dtype": "bf16"} | flags, replace(PRESETS["125m"], n_layers=8), 512, for_gpu=True), GPUS["a100-80"]
+    gpu = GPUS["a100-80"]
+    run = rehearsal({"dtype": "bf16"} | flags, replace(PRESETS["125m"], n_layers=8), 512, gpu)
     deep, followed = timeline(watch(run, True, gpu).diary, gpu), predict(run, gpu)
     assert (followed.peak, followed.tails, followed.reserved) == (deep.peak, deep.tails, deep.reserved)
     assert followed.reserved > followed.peak
@@ -311,6 +312,7 @@ TEXTBOOK = {"attention": "textbook"}
 SHARDS = {"fsdp": True}
 ROWS = {"gradient_accumulation_steps": 2}
 DROP = {"lora_dropout": 0.1}
+ONE_BY_ONE = {"dtype": "fp16"}  # a T4, which attends to one document after the other
 OUTER = {"lora_targets": ("wq", "tok_embeddings", "output"), "lora_rank": 64}
 COMPARED = [  # preset, flags, tokens, processes
     ("7b", {}, 2048, 1),
@@ -381,6 +383,13 @@ COMPARED = [  # preset, flags, tokens, processes
     ("1b", {"lora_targets": ("w2",)}, 2048, 1),
     ("1b", QLORA | {"lora_targets": ("wo",)} | ROWS | SHARDS, 2048, 4),  # the peak is in forward, where w2 is turned back
     ("125m", {"lora_targets": ("all-linear", "output"), "lora_rank": 64} | AGAIN | SHARDS, 2048, 4),  # the head's
+    ("7b", ONE_BY_ONE | QLORA | AGAIN, 2048, 1),
+    ("70b", ONE_BY_ONE | QLORA | {"lora_targets": ("wq", "wv")}, 1024, 1),
+    ("1b", ONE_BY_ONE | {"lora_targets": ("wo",)} | ROWS, 1024, 2),
+    ("1b", ONE_BY_ONE | FULL, 1024, 1),
+    ("125m", ONE_BY_ONE | FULL | AGAIN | SHARDS, 2048, 4),
+    ("7b", {"dtype": "fp32"} | FULL, 2048, 1),  # most when w1, w2 and w3 have gradients, and attention is whole
+    ("1b", {"dtype": "fp32"} | FULL | AGAIN, 1024, 1),
 ]
 
 
@@ -392,8 +401,9 @@ def agree(closed: dict, counted: dict) -> None:
 @pytest.mark.parametrize(("preset", "flags", "tokens", "count"), COMPARED)
 def test_every_term_of_the_formula_is_what_is_counted_on_gpus_within_a_hundredth(preset, flags, tokens, count):
     """In models of 3 layers, in which a block and the loss weigh more than in deep ones."""
-    flags, sizes, gpu = {"dtype": "bf16"} | flags, replace(PRESETS[preset], n_layers=3), GPUS["a100-80"]
-    run = rehearsal(flags, sizes, tokens, for_gpu=True, processes=count)
+    flags, sizes = {"dtype": "bf16"} | flags, replace(PRESETS[preset], n_layers=3)
+    gpu = GPUS["t4" if flags["dtype"] == "fp16" else "a100-80"]
+    run = rehearsal(flags, sizes, tokens, gpu, count)
     closed, counted = formula(sizes, run.config, gpu, count), simulated(predict(run, gpu), sizes.n_layers)
     assert closed.keys() == counted.keys()
     agree(closed, counted)
@@ -401,8 +411,8 @@ def test_every_term_of_the_formula_is_what_is_counted_on_gpus_within_a_hundredth
 
 @pytest.mark.parametrize(("flags", "count"), [(QLORA | AGAIN, 1), (FULL | AGAIN | SHARDS, 8)])
 def test_every_term_of_the_formula_is_what_is_counted_at_full_depth_within_a_hundredth(flags, count):
-    run = rehearsal({"dtype": "bf16"} | flags, PRESETS["1b"], 2048, for_gpu=True, processes=count)
     gpu, depth = GPUS["h100"], PRESETS["1b"].n_layers
+    run = rehearsal({"dtype": "bf16"} | flags, PRESETS["1b"], 2048, gpu, count)
     agree(formula(PRESETS["1b"], run.config, gpu, count), simulated(predict(run, gpu), depth))
 
 
@@ -514,20 +524,20 @@ def test_what_is_no_help_is_not_among_what_helps():
 def test_a_layers_backward_frees_what_its_forward_kept(flags):
     """Also where more than gradients stays: what is summed over copies, what is gathered for the next."""
     sizes, count = replace(PRESETS["125m"], n_layers=3), 4 if "fsdp" in flags else 1
-    run = rehearsal({"dtype": "bf16"} | flags, sizes, 512, for_gpu=True, processes=count)
-    for row in layer_rows(predict(run, GPUS["h100"])):
+    run = rehearsal({"dtype": "bf16"} | flags, sizes, 512, GPUS["h100"], count)
+    for row in layer_rows(predict(run, run.gpu)):
         assert row["backward_freed"] == pytest.approx(row["forward_kept"], rel=0.02) and row["backward_added"] >= 0
 
 
 def test_on_a_gpu_dropout_keeps_a_byte_a_number_and_on_a_cpu_as_many_as_the_number_has():
-    def kept(for_gpu, **flags):
-        run = rehearsal({"dtype": "bf16", "lora_targets": ("wq",)} | flags, replace(SIZES, n_layers=3), for_gpu=for_gpu)
-        return simulated(predict(run, GPUS["t4"] if for_gpu else None), 3)["activations, last layer"]
+    def kept(gpu, **flags):
+        run = rehearsal({"dtype": "bf16", "lora_targets": ("wq",)} | flags, replace(SIZES, n_layers=3), gpu=gpu)
+        return simulated(predict(run, gpu), 3)["activations, last layer"]
 
     numbers = 64 * SIZES.dim
-    for for_gpu, mask in ((True, 1), (False, 2)):
+    for gpu, mask in ((GPUS["a100-80"], 1), (None, 2)):
         # Without dropout the adapter keeps the norm's result; with it its own input, as large, and what was zeroed.
-        assert kept(for_gpu, lora_dropout=0.1) - kept(for_gpu) == numbers * mask
+        assert kept(gpu, lora_dropout=0.1) - kept(gpu) == numbers * mask
 
 
 def test_what_does_not_fit_is_told_what_would():
@@ -607,7 +617,7 @@ def test_where_no_change_is_enough_that_is_said():
 
 
 def fits(flags: dict, sizes: ModelConfig, tokens: int, gpu, count: int = 1) -> bool:
-    run = rehearsal({"dtype": "bf16"} | flags, sizes, tokens, for_gpu=True, processes=count)
+    run = rehearsal({"dtype": "bf16"} | flags, sizes, tokens, gpu, count)
     return predict(run, gpu).reserved + gpu.context <= gpu.memory
 
 
