@@ -433,6 +433,7 @@ def main():
     except (CheckpointError, DataError, LoRAError, RunError, OSError) as error:
         if rank:
             time.sleep(5)  # what befell all ranks, the first has said by now, and torchrun has ended this one
+        sys.unraisablehook = lambda _: None  # a file that PyTorch had half written complains again when it is collected
         print(f"train.py: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
