@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 from sizing.advice import explain_out_of_memory as explain_out_of_memory  # a public door of this file
 from sizing.depth import FEW, deepen, layer_of
 from sizing.formula import KEPT, SENT
-from sizing.gpu import GPU, SCRATCH, CachingAllocator, FusedNorm, fused_dropout
+from sizing.gpu import SCRATCH, CachingAllocator, FusedNorm, fused_dropout
 from sizing.shards import MOVED, OFFLOADED, processes, told
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def perform(run, recorder, prepare) -> None:
     recorder.begin("end")
 
 
-def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
+def watch(run, dry: bool) -> Tracker:
     """Perform the run inside a tracker. dry: on fake tensors."""
 
     def prepare(model):
@@ -340,29 +340,29 @@ def watch(run, dry: bool, gpu: GPU | None = None) -> Tracker:
             tracker.watch(tensor, "batch")
         if run.processes > 1 and not run.config.fsdp:
             tracker.rest("gradients")  # the buckets in which DDP has them
-        for _ in range(2 if gpu else 0):
-            tracker.born(gpu.workspace, "cuBLAS workspace")
+        for _ in range(2 if run.gpu else 0):
+            tracker.born(run.gpu.workspace, "cuBLAS workspace")
 
     run.connect()
     fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else nullcontext()
-    scratch = (SCRATCH if gpu else {}) | (OFFLOADED if run.config.cpu_offload and dry else {})
+    scratch = (SCRATCH if run.gpu else {}) | (OFFLOADED if run.config.cpu_offload and dry else {})
     away = KEPT if run.config.cpu_offload and dry else ()
     fused = patch.multiple("torch.nn.functional", rms_norm=FusedNorm.apply, dropout=fused_dropout)  # CUDA's kernels
-    with fake, fused if gpu and dry else nullcontext(), Tracker(scratch, run.supervised if dry else None, away) as tracker:
+    with fake, fused if run.gpu else nullcontext(), Tracker(scratch, run.supervised if dry else None, away) as tracker:
         perform(run, tracker, prepare)
     return tracker
 
 
-def predict(run, gpu: GPU | None = None) -> Timeline:
-    """The timeline of a run on fake tensors; with a GPU: as on that GPU. run: a dataclass with the model's `sizes`, how many
-    `processes` share the work, train.py's `config`, `row`, the tensors of a micro-batch, how many of its positions are
-    `supervised` (None: all), and with `connect()` (what needs numbers: the mesh of the processes), `build()` -> (model,
-    optimizer), `step()`, `evaluate()`, `save()`."""
+def predict(run) -> Timeline:
+    """The timeline of a run on fake tensors. run: a dataclass with the model's `sizes`, the `gpu` that it is to be as on (None: a
+    CPU), how many `processes` share the work, train.py's `config`, `row`, the tensors of a micro-batch, how many of its
+    positions are `supervised` (None: all), and with `connect()` (what needs numbers: the mesh of the processes), `build()` ->
+    (model, optimizer), `step()`, `evaluate()`, `save()`."""
     n = run.sizes.n_layers
     few = replace(run, sizes=replace(run.sizes, n_layers=min(n, FEW)))
     with processes(run.processes) if run.processes > 1 else nullcontext():
-        diary = watch(few, True, gpu).diary
-    return timeline(deepen(diary, n) if n > FEW else diary, gpu)
+        diary = watch(few, True).diary
+    return timeline(deepen(diary, n) if n > FEW else diary, run.gpu)
 
 
 class Gauge:

@@ -166,7 +166,8 @@ def attention_over_keys(q, k, v, method: str) -> torch.Tensor:
     (heads, new, _), (kv_heads, seen, _), mask = q.shape, k.shape, None
     if method == "textbook" or new < seen:  # (Tq, Tk), true where each may look: at itself and before
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(diagonal=seen - new)
-    if heads != kv_heads and (method != "sdpa" or q.device.type != "cpu"):  # on a GPU these kernels know no shared heads
+    # On a GPU kernels for fp32, or with a mask, know no shared heads ("one by one": memory.py's, as if on one).
+    if heads != kv_heads and (method != "sdpa" or q.device.type != "cpu"):
         k, v = (x.repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
     if method == "textbook":
         return textbook_attention(q, k, v, mask)

@@ -78,7 +78,7 @@ def one(part: str, device: torch.device, preset: str, method: str, tokens: int, 
     config = TrainConfig(**flags | METHODS[method] | (pure or {}) | {"gradient_checkpointing": again})
     try:
         if part == "predicted":
-            line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu), gpu)
+            line = memory.predict(Rehearsal(config, sizes, torch.device("cpu"), gpu))
         else:
             line = memory.measure(Rehearsal(config, sizes, device), device)
     except torch.OutOfMemoryError:
@@ -112,7 +112,7 @@ def plan(preset: str) -> None:
             simulated = ""
             if count in (2, 8, 16, 512):
                 run = Rehearsal(config, sizes, torch.device("cpu"), gpu, processes=count)
-                simulated = f"{(memory.predict(run, gpu).peak + gpu.context) / 1e9:.1f}"
+                simulated = f"{(memory.predict(run).peak + gpu.context) / 1e9:.1f}"
             away = 1 - 1 / count
             gathered, reduced = (2 * is_["L"] * is_["G"] + is_["R"]) * away, 4 * is_["M"] * count * away
             seconds = flops * (is_["L"] * is_["W"] + is_["E"]) * tokens / speed

@@ -87,7 +87,7 @@ class Run:
         self.head_only = self.moved == {"output"}  # no block has a backward
         # On a CPU fusing/attention.py attends in blocks; on a GPU a kernel to all documents at once, or to one by one.
         self.in_blocks = not gpu and flags.dtype == "bf16" and flags.attention == "sdpa" and self.known["T"] <= 2048
-        self.varlen = gpu and self.half and gpu.varlen
+        self.varlen = bool(gpu) and self.half and gpu.varlen
         # With dropout every adapter has an input of its own, and a mask of what was zeroed in it; without, it multiplies with
         # what is there anyway.
         self.dropped = flags.lora_dropout > 0 and not self.full
@@ -118,7 +118,7 @@ def formula(sizes, flags, gpu: GPU | None = None, nproc: int = 1) -> dict[str, t
     for name, moments in between_steps(run).items():
         term(name, *moments)
     if flags.fsdp:
-        for name, moments in in_passing(run).items():
+        for name, moments in sent(run).items():
             term(name, *moments)
     term("activations, first layer", first_layer(run))
     term("activations, last layer", later_layer(run) if sizes.n_layers > 1 else "0")
@@ -160,7 +160,7 @@ def between_steps(run) -> dict[str, list[str]]:
     }
 
 
-def in_passing(run) -> dict[str, list[str]]:
+def sent(run) -> dict[str, list[str]]:
     """What FSDP holds for the network. In forward a block, its buffer and the last one's; at the beginning the rest and its
     buffer, too. In backward a block's gradients; or the head's adapter's, at the end of the first block's backward."""
     outside = not run.full and "tok_embeddings" not in run.moved

@@ -144,7 +144,7 @@ def answer(words: list[str]) -> None:
 
 
 def simulate(flags, sizes, gpu: GPU | None, nproc: int = 1) -> Timeline:
-    return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu, processes=nproc), gpu)
+    return predict(Rehearsal(flags, sizes, torch.device("cpu"), gpu, processes=nproc))
 
 
 def confirmed(sizes, flags, gpu: GPU, nproc: int) -> int:
@@ -176,10 +176,11 @@ def layer_rows(line: Timeline) -> list[dict]:
             if phase.name.startswith("forward"):
                 row |= {"forward_kept": phase.kept, "forward_peak": phase.rise}
             else:
-                added = phase.end["gradients"] - phase.start["gradients"]
-                if added < phase.kept:  # more than gradients stays: what FSDP holds for the next layer, or to the end of backward
-                    added = phase.kept + row["forward_kept"]
-                row |= {"backward_peak": phase.rise, "backward_added": added, "backward_freed": added - phase.kept}
+                freed = phase.start["activations"] - phase.end["activations"]
+                # More than gradients is what FSDP holds for the next layer, or to backward's end. (At layer 0 the gradient
+                # that came goes, and none takes its place.)
+                added = max(phase.end["gradients"] - phase.start["gradients"], phase.kept + freed)
+                row |= {"backward_peak": phase.rise, "backward_added": added, "backward_freed": freed}
     return [rows[i] for i in sorted(rows)]
 
 
@@ -366,7 +367,7 @@ def reproduce() -> None:
     sizes, base = PRESETS["7b"], {"model_max_length": 2048, "dtype": "bf16", "device": "cpu"}
     pure, again = {"method": "full", "optim": "adamw_8bit", "pure_bf16": True}, {"gradient_checkpointing": True}
     flags = train.TrainConfig(**base | pure, attention="textbook")
-    line = predict(Document(flags, sizes, torch.device("cpu"), GENERIC), GENERIC)
+    line = predict(Document(flags, sizes, torch.device("cpu"), GENERIC))
     closed, counted = {x: size for x, (_, size) in formula(sizes, flags, GENERIC).items()}, simulated(line, sizes.n_layers)
     first, other, layer = "activations, first layer", "activations, last layer", layer_rows(line)[1]
     moments, block = 2 * closed["weights"], 2 * sum(out * inn for out, inn in linears(sizes).values())

@@ -33,7 +33,7 @@ class Rehearsal:
     config: train.TrainConfig
     sizes: ModelConfig
     device: torch.device
-    gpu: GPU | None = None  # as on it, whose attention keeps other tensors than a CPU's
+    gpu: GPU | None = None  # as on it, whose kernels keep other tensors than a CPU's
     supervised: int | None = None  # positions with a label, if that is known
     processes: int = 1
     documents: int = 1  # in the row, where flash attention takes them together: its backward has room for each
@@ -112,7 +112,7 @@ class Memory:
         cpu = torch.device("cpu")
         run = Rehearsal(config, self.sizes, cpu, self.gpu, self.supervised, processes, self.documents, self.borders)
         try:
-            self.line = predict(run, self.gpu)
+            self.line = predict(run)
         except RuntimeError as error:  # fake tensors of another PyTorch may know other operations
             return f"memory: not predicted, {str(error).splitlines()[0]}"
         highest = self.line.highest

@@ -132,7 +132,7 @@ def test_flash_attentions_backward_takes_room_for_each_document():
     tokens, config = 256, TrainConfig(device="cpu", dtype="bf16", model_max_length=256)
     for documents in (100, 200):  # so many that the peak is there
         run = Rehearsal(config, SIZES, torch.device("cpu"), GPUS["h100"], documents=documents)
-        found = predict(run, GPUS["h100"]).highest.peak["kernel scratch"]
+        found = predict(run).highest.peak["kernel scratch"]
         assert found == (tokens + 128 * documents) * SIZES.n_heads * (32 + 1) * 4
 
 
@@ -179,7 +179,7 @@ def test_what_the_allocator_reserves_for_a_deep_model_follows_as_well(flags):
     """To the byte, as if it had handed out and taken back every block of every layer."""
     gpu = GPUS["a100-80"]
     run = rehearsal({"dtype": "bf16"} | flags, replace(PRESETS["125m"], n_layers=8), 512, gpu)
-    deep, followed = timeline(watch(run, True, gpu).diary, gpu), predict(run, gpu)
+    deep, followed = timeline(watch(run, True).diary, gpu), predict(run)
     assert (followed.peak, followed.tails, followed.reserved) == (deep.peak, deep.tails, deep.reserved)
     assert followed.reserved > followed.peak
 
@@ -404,7 +404,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_gpus_within_a_hundredth
     flags, sizes = {"dtype": "bf16"} | flags, replace(PRESETS[preset], n_layers=3)
     gpu = GPUS["t4" if flags["dtype"] == "fp16" else "a100-80"]
     run = rehearsal(flags, sizes, tokens, gpu, count)
-    closed, counted = formula(sizes, run.config, gpu, count), simulated(predict(run, gpu), sizes.n_layers)
+    closed, counted = formula(sizes, run.config, gpu, count), simulated(predict(run), sizes.n_layers)
     assert closed.keys() == counted.keys()
     agree(closed, counted)
 
@@ -413,7 +413,7 @@ def test_every_term_of_the_formula_is_what_is_counted_on_gpus_within_a_hundredth
 def test_every_term_of_the_formula_is_what_is_counted_at_full_depth_within_a_hundredth(flags, count):
     gpu, depth = GPUS["h100"], PRESETS["1b"].n_layers
     run = rehearsal({"dtype": "bf16"} | flags, PRESETS["1b"], 2048, gpu, count)
-    agree(formula(PRESETS["1b"], run.config, gpu, count), simulated(predict(run, gpu), depth))
+    agree(formula(PRESETS["1b"], run.config, gpu, count), simulated(predict(run), depth))
 
 
 BF16 = {"dtype": "bf16"}
@@ -525,14 +525,14 @@ def test_a_layers_backward_frees_what_its_forward_kept(flags):
     """Also where more than gradients stays: what is summed over copies, what is gathered for the next."""
     sizes, count = replace(PRESETS["125m"], n_layers=3), 4 if "fsdp" in flags else 1
     run = rehearsal({"dtype": "bf16"} | flags, sizes, 512, GPUS["h100"], count)
-    for row in layer_rows(predict(run, run.gpu)):
+    for row in layer_rows(predict(run)):
         assert row["backward_freed"] == pytest.approx(row["forward_kept"], rel=0.02) and row["backward_added"] >= 0
 
 
 def test_on_a_gpu_dropout_keeps_a_byte_a_number_and_on_a_cpu_as_many_as_the_number_has():
     def kept(gpu, **flags):
         run = rehearsal({"dtype": "bf16", "lora_targets": ("wq",)} | flags, replace(SIZES, n_layers=3), gpu=gpu)
-        return simulated(predict(run, gpu), 3)["activations, last layer"]
+        return simulated(predict(run), 3)["activations, last layer"]
 
     numbers = 64 * SIZES.dim
     for gpu, mask in ((GPUS["a100-80"], 1), (None, 2)):
@@ -618,7 +618,7 @@ def test_where_no_change_is_enough_that_is_said():
 
 def fits(flags: dict, sizes: ModelConfig, tokens: int, gpu, count: int = 1) -> bool:
     run = rehearsal({"dtype": "bf16"} | flags, sizes, tokens, gpu, count)
-    return predict(run, gpu).reserved + gpu.context <= gpu.memory
+    return predict(run).reserved + gpu.context <= gpu.memory
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1024, "4GB"), (256, "2GB")])

@@ -210,7 +210,7 @@ def test_attention_is_its_equation(sizes, method, tiny_llama):
 
 
 @pytest.mark.parametrize("method", ["sdpa", "one by one"])  # the latter with heads repeated, as GPUs without varlen need
-def test_sdpa_equals_textbook_over_documents(method):
+def test_fused_attention_equals_textbook_over_documents(method):
     q, k, v = torch.randn(30, 6, 8), torch.randn(30, 2, 8), torch.randn(30, 2, 8)
     borders = cu(0, 1, 12, 30)
     close(attention_over_documents(q, k, v, borders, method), attention_over_documents(q, k, v, borders, "textbook"), atol=1e-5)
